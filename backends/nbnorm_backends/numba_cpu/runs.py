@@ -1,0 +1,100 @@
+"""Norms whose reduction lies innermost in memory: batch, group and instance norm channels first, layer and RMS norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbnorm_backends.numba_cpu import kernels
+from nbnorm_backends.numba_cpu.elements import carried
+from nbnorm_backends.numba_cpu.pool import Scheduler
+from nbnorm_backends.numba_cpu.tuning import TUNING
+
+Array = NDArray[Any]
+
+
+def forward(
+    scheduler: Scheduler,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    *,
+    center: bool,
+    eps: float,
+    find: bool,
+    stats: Array,
+    y: Array,
+) -> None:
+    """Fill `stats` where `find` asks, and y where it is not empty."""
+    shape = _param_shape(x, weight, bias)
+    w, b = _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
+    groups = _groups_per_chunk(x)
+    chunks = math.ceil(stats.shape[1] / groups)
+    args = groups, _runs(x), w, b, center, eps, find, stats, _runs(y)
+    scheduler.run(kernels.runs_forward, chunks, args, parallel=x.size > TUNING.serial)
+
+
+def backward(
+    scheduler: Scheduler,
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    *,
+    stats: Array,
+    find: bool,
+    divisors: Array,
+    coefficients: Array,
+    param_shape: tuple[int, ...] | None,
+    dx: Array,
+) -> tuple[Array | None, Array | None]:
+    """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
+    w = _param(x, weight, param_shape or _param_shape(x, weight, None), 1.0)
+    groups = _groups_per_chunk(x)
+    once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
+    if param_shape is not None and not once:
+        groups = max(groups, math.ceil(stats.shape[1] / TUNING.shares))
+    chunks = math.ceil(stats.shape[1] / groups)
+    shares = 0 if param_shape is None else 1 if once else chunks
+    grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0, 0, 0))))
+    args = groups, _runs(dy), _runs(x), w, stats, find, divisors, coefficients, grads[0], grads[1], _runs(dx)
+    scheduler.run(kernels.runs_backward, chunks, args, parallel=x.size > TUNING.serial)
+    if param_shape is None:
+        return None, None
+    dweight, dbias = (_five_axes(grad.sum(axis=0), x, param_shape) for grad in grads)
+    return dweight, dbias
+
+
+def _runs(array: Array) -> Array:
+    """(n, r, g, c, s) with the run last: where s is 1 the run is along c."""
+    view = carried(array)
+    return view.swapaxes(3, 4) if array.shape[4] == 1 else view
+
+
+def _groups_per_chunk(x: Array) -> int:
+    group = x.shape[1] * x.shape[3] * x.shape[4]
+    return max(1, TUNING.chunk // group)
+
+
+def _param_shape(x: Array, weight: Array | None, bias: Array | None) -> tuple[int, ...]:
+    given = weight if weight is not None else bias
+    return (1, 1, 1, 1, 1) if given is None else given.shape
+
+
+def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
+    """A parameter as kernels take it: float64 (g, c, 1) where it is constant along a run, else (g, 1, s)."""
+    wide = np.full(shape, absent) if param is None else param.astype(np.float64)
+    five = wide.swapaxes(3, 4) if x.shape[4] == 1 else wide
+    c = 1 if x.shape[4] == 1 else x.shape[3]
+    return np.array(np.broadcast_to(five[0, 0], (x.shape[2], c, five.shape[4])), order="C")
+
+
+def _five_axes(grad: Array, x: Array, param_shape: tuple[int, ...]) -> Array:
+    """A gradient (g, c, s or 1) in the shape of its parameter, summed over the axes that the parameter lacks."""
+    five = grad[None, None]
+    if x.shape[4] == 1:
+        five = five.swapaxes(3, 4)
+    lacking = tuple(axis for axis in range(5) if param_shape[axis] == 1)
+    return np.asarray(five.sum(axis=lacking, keepdims=True))

@@ -1,0 +1,39 @@
+"""Normalization for arrays of any framework: one API, pluggable backends, statistics that merge exactly."""
+
+from nbnorm.arrays import Array
+from nbnorm.backend import Backend, Grads
+from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
+from nbnorm.engine import Pullback
+from nbnorm.errors import BackendError
+from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
+from nbnorm.ops import batch_norm, explain, group_norm, instance_norm, layer_norm, moments, rms_norm, vjp
+from nbnorm.statistics import Moments
+from nbnorm.welford import Welford
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Array",
+    "Backend",
+    "BackendError",
+    "BackendInfo",
+    "BatchNorm",
+    "Decision",
+    "Grads",
+    "GroupNorm",
+    "LayerNorm",
+    "Moments",
+    "Pullback",
+    "Welford",
+    "backends",
+    "batch_norm",
+    "explain",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "moments",
+    "rms_norm",
+    "trace",
+    "use_backend",
+    "vjp",
+]

@@ -1,0 +1,33 @@
+"""Options and fixtures: every test that asks for `backend` runs on each one, or on those named by --backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+BACKENDS = ("numpy", "numba")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", choices=BACKENDS, help="run on this backend only (repeatable)")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; give --slow to run it"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count what the conformance suites passed; each of their cases records the property "conformance"."""
+    properties = (entry for report in terminalreporter.getreports("passed") for entry in report.user_properties)
+    for suite, passed in sorted(Counter(value for name, value in properties if name == "conformance").items()):
+        terminalreporter.write_line(f"{suite}: {passed} passed")
