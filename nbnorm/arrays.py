@@ -174,7 +174,8 @@ def bfloat16(name: str = "x") -> np.dtype[Any]:
         raise TypeError(
             f"{name} is bfloat16, which NumPy reads only with the ml_dtypes package: pip install ml_dtypes"
         ) from error
-    return np.dtype(ml_dtypes.bfloat16)
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
 
 
 def float_view(array: Array, name: str) -> tuple[NumpyArrays, NDArray[Any], str]:

@@ -30,11 +30,6 @@ class Layout(NamedTuple):
     c: int
     s: int
 
-    @property
-    def count(self) -> int:
-        """Elements that one statistic is made of."""
-        return self.r * self.c * self.s
-
 
 @dataclass(frozen=True, slots=True)
 class Axes:
@@ -53,6 +48,7 @@ class Axes:
 
     @property
     def count(self) -> int:
+        """Elements that one statistic is made of."""
         return math.prod(n for axis, n in enumerate(self.shape) if axis not in self.kept)
 
     @property

@@ -172,12 +172,12 @@ class Prange:
 
 
 def _driver(kernel: Kernel) -> Callable[[int, tuple[Any, ...]], None]:
-    @njit(parallel=True, nogil=True)
     def drive(chunks: int, args: tuple[Any, ...]) -> None:
         for chunk in prange(chunks):
             kernel(chunk, *args)
 
-    return drive
+    compiled: Callable[[int, tuple[Any, ...]], None] = njit(parallel=True, nogil=True)(drive)
+    return compiled
 
 
 @njit(parallel=True)

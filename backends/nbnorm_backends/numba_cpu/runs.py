@@ -74,7 +74,7 @@ def _runs(array: Array) -> Array:
 
 
 def _groups_per_chunk(x: Array) -> int:
-    group = x.shape[1] * x.shape[3] * x.shape[4]
+    group: int = x.shape[1] * x.shape[3] * x.shape[4]
     return max(1, TUNING.chunk // group)
 
 
