@@ -74,7 +74,10 @@ class Backend(ABC):
 
     @abstractmethod
     def moments(self, x: View, *, center: bool) -> Moments:
-        """Statistics over (r, c, s), each (n, g); with ``center=False`` the mean is 0 and m2 is sum(x*x)."""
+        """Statistics over (r, c, s), each (n, g); with ``center=False`` the mean is 0 and m2 is sum(x*x).
+
+        Take deviations from an element of the group first: equal values must give m2 = 0, exactly.
+        """
 
     @abstractmethod
     def apply(

@@ -6,6 +6,7 @@ the built-in order of the input's device. A third-party backend runs only where 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 
 from nbnorm.backend import API_VERSION, Backend, Request
 from nbnorm.errors import BackendError
@@ -22,9 +23,12 @@ from nbnorm.errors import BackendError
 ENTRY_POINTS = "nbnorm.backends"
 BUILT_IN_ORDER = {"cpu": ("numba", "numpy"), "cuda": ("cuda",)}
 BUILT_IN_PACKAGE = "nbnorm_backends"
+BUILT_IN_NAMES = {name for order in BUILT_IN_ORDER.values() for name in order}
 # A source tree that was never installed has no entry points; the fallback is known all the same.
 FALLBACK = EntryPoint("numpy", f"{BUILT_IN_PACKAGE}.numpy_ref:make", ENTRY_POINTS)
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+BUILT_IN = "built-in order"
+KEPT_OUT = "kept out by NBNORM_DISABLE_PLUGINS"
 
 log = logging.getLogger("nbnorm")
 
@@ -49,17 +53,19 @@ class Decision:
     copies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        request = self.request
-        lines = [f"{request.op} on {request.device}, {request.dtype}: {self.chosen or 'no backend'} ({self._why()})"]
-        lines += [f"  {name} refused: {reason}" for name, reason in self.rejected]
+        op, device, dtype = self.request[:3]
+        lines = [f"{op} on {device}, {dtype}: {self._verdict()}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         lines += [f"  copied: {copy}" for copy in self.copies]
         return "\n".join(lines)
 
-    def _why(self) -> str:
+    def _verdict(self) -> str:
         if self.chosen is None:
-            return f"asked by {self.source}"
-        place = "next" if self.rejected else "first"
-        return f"named by {self.source}" if self.source == "backend=" else f"{place} in the order of {self.source}"
+            return f"no backend takes it (asked through {self.source})"
+        if self.source == "backend=":
+            return f"{self.chosen} (named by backend=)"
+        order = f"the {BUILT_IN}" if self.source == BUILT_IN else f"{self.source}'s order"
+        return f"{self.chosen} (the first in {order} to take it)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,8 @@ class BackendInfo:
     Attributes
     ----------
     name, distribution, target : the entry point's name, the package that brings it, and what it points to.
-    state : "found" (not imported yet), "loaded", "broken" (it failed to load) or "refused" (its name is not usable).
+    state : "found" (not imported yet), "loaded", "broken" (it failed to load) or "refused" (its name is not usable, or
+        NBNORM_DISABLE_PLUGINS keeps it out).
     reason : why it is broken or refused; "" otherwise.
     """
 
@@ -89,44 +96,47 @@ class Registry:
     """
 
     def __init__(self, find: Callable[[], Iterable[EntryPoint]] | None = None) -> None:
-        self._find = find or (lambda: entry_points(group=ENTRY_POINTS))
+        self._find = find or _installed
         self._lock = threading.RLock()  # re-entrant: a plugin may look at the registry while it loads
         self._points: dict[str, EntryPoint] | None = None
         self._refused: list[BackendInfo] = []
         self._loaded: dict[str, Backend | str] = {}  # the backend, or the reason why there is none
+        self._loading: set[str] = set()
         self._decided: dict[tuple[tuple[str, ...], str, Request], Decision] = {}
-        if hasattr(os, "register_at_fork"):  # a child must not inherit the lock from a thread that it does not have
-            os.register_at_fork(
-                before=self._lock.acquire,
-                after_in_parent=self._lock.release,
-                after_in_child=self._begin_child,
-            )
+
+    def scan(self) -> dict[str, EntryPoint]:
+        """The usable entry points by name, read on first use."""
+        points = self._points
+        return self.rescan() if points is None else points
+
+    def rescan(self) -> dict[str, EntryPoint]:
+        """Look again: a package may have been installed since. What is loaded stays, and so does what is broken."""
+        with self._lock:
+            importlib.invalidate_caches()  # else a folder that changed a moment ago may be read as it was
+            points, refused = _sort_out(self._find())
+            for info in refused:
+                if info not in self._refused and info.reason != KEPT_OUT:
+                    log.warning("backend %r of %s is refused: %s", info.name, info.distribution, info.reason)
+            self._points, self._refused = points, refused
+            self._decided.clear()
+            return points
+
+    def survive_fork(self) -> None:
+        """Fork only while nothing loads: a child must not inherit the lock from a thread that it does not have."""
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._begin_child
+        )
 
     def _begin_child(self) -> None:
         """A backend may refuse in a forked child what it took before."""
         self._decided.clear()
         self._lock.release()
 
-    def scan(self) -> dict[str, EntryPoint]:
-        """The usable entry points by name, read on first use."""
-        if self._points is None:
-            with self._lock:
-                if self._points is None:
-                    self._points, self._refused = _sort_out(self._find())
-        return self._points
-
-    def rescan(self) -> dict[str, EntryPoint]:
-        """Look again: a package may have been installed since. What is loaded stays."""
-        with self._lock:
-            self._points = None
-            self._decided.clear()
-            return self.scan()
-
     def require(self, names: Iterable[str]) -> None:
         """BackendError unless every name belongs to a backend that was found; nothing is imported."""
         for name in names:
             if name not in self.scan() and name not in self.rescan():
-                raise BackendError(f"backend {name!r} is {self._absence(name)}")
+                raise BackendError(f"backend {name!r}: {self._absence(name)}")
 
     def load(self, name: str) -> Backend | str:
         """The backend, or the reason why it cannot be had."""
@@ -139,7 +149,14 @@ class Registry:
             point = self.scan().get(name)
             if point is None:
                 return self._absence(name)  # not remembered: it may be installed later
-            found = self._loaded[name] = _load(point)
+            if name in self._loading:  # by this thread, which holds the lock: a plugin that names itself
+                return f"asked for itself while it was being loaded from {point.value}"
+            self._loading.add(name)
+            try:
+                found = self._loaded[name] = _load(point)
+            finally:
+                self._loading.remove(name)
+                self._decided.clear()  # of what was decided without it meanwhile
             if isinstance(found, str):
                 log.warning("backend %r %s", name, found)
             return found
@@ -178,47 +195,58 @@ class Registry:
         return refused[0] if refused else f"not installed (installed: {', '.join(sorted(self.scan())) or 'none'})"
 
 
+def _installed() -> Iterable[EntryPoint]:
+    """The entry points of every installed package; one whose metadata cannot be read hides only its own."""
+    try:
+        return entry_points(group=ENTRY_POINTS)
+    except Exception:  # noqa: BLE001  the parser of another package's file may raise anything
+        found: list[EntryPoint] = []
+        for distribution in distributions():
+            try:
+                found += distribution.entry_points.select(group=ENTRY_POINTS)
+            except Exception as error:  # noqa: BLE001
+                log.warning("the entry points of %s cannot be read: %s", distribution.name, error)
+        return found
+
+
 def _sort_out(found: Iterable[EntryPoint]) -> tuple[dict[str, EntryPoint], list[BackendInfo]]:
     """Usable entry points by name, and those that are not, with the reason. Nothing replaces anything in silence."""
-    usable: dict[str, EntryPoint] = {FALLBACK.name: FALLBACK}
+    usable = {FALLBACK.name: FALLBACK}
     refused: list[BackendInfo] = []
     claims: dict[str, list[EntryPoint]] = {}
-
-    def refuse(point: EntryPoint, reason: str) -> None:
-        refused.append(BackendInfo(point.name, _distribution(point), point.value, "refused", reason))
-
-    third_party_out = os.environ.get("NBNORM_DISABLE_PLUGINS", "") not in ("", "0")
     for point in found:
         if _is_built_in(point):
             usable[point.name] = point
-        elif third_party_out:
-            refuse(point, "kept out by NBNORM_DISABLE_PLUGINS")
-        elif not NAME.fullmatch(point.name):
-            refuse(point, f"badly named: {point.name!r} is not lower-case letters, digits and underscores")
         elif point not in claims.setdefault(point.name, []):  # one distribution may be found twice on sys.path
             claims[point.name].append(point)
     for name, points in claims.items():
-        owners = ", ".join(f"{_distribution(point)} ({point.value})" for point in points)
-        for point in points:
-            if name in usable and _is_built_in(usable[name]):
-                refuse(point, f"the name {name!r} belongs to a built-in backend")
-            elif len(points) > 1:
-                refuse(point, f"the name {name!r} is claimed more than once: {owners}")
-        if name not in usable and len(points) == 1:
+        reason = _unusable(name, points)
+        if reason is None:
             usable[name] = points[0]
-    for info in refused:
-        if info.reason != "kept out by NBNORM_DISABLE_PLUGINS":
-            log.warning("backend %r of %s is refused: %s", info.name, info.distribution, info.reason)
+        else:
+            refused += [BackendInfo(name, _distribution(point), point.value, "refused", reason) for point in points]
     return usable, refused
 
 
+def _unusable(name: str, points: list[EntryPoint]) -> str | None:
+    """Why a name that third parties claim is not to be used, or None."""
+    if os.environ.get("NBNORM_DISABLE_PLUGINS", "") not in ("", "0"):
+        return KEPT_OUT
+    if not NAME.fullmatch(name):
+        return "badly named: a name is lower-case letters, digits and underscores, and begins with a letter"
+    if name in BUILT_IN_NAMES:  # present or not: it would run unasked
+        return "the name belongs to a built-in backend"
+    if len(points) > 1:
+        return f"claimed more than once: {', '.join(f'{_distribution(point)} ({point.value})' for point in points)}"
+    return None
+
+
 def _is_built_in(point: EntryPoint) -> bool:
-    return point.value.partition(":")[0].partition(".")[0] == BUILT_IN_PACKAGE
+    return point.dist is not None and point.dist.name == "nbnorm"
 
 
 def _distribution(point: EntryPoint) -> str:
-    dist = getattr(point, "dist", None)
-    return f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown distribution"
 
 
 def _load(point: EntryPoint) -> Backend | str:
@@ -226,22 +254,29 @@ def _load(point: EntryPoint) -> Backend | str:
     origin = f"{point.value} of {_distribution(point)}"
     try:
         backend = point.load()()
-    except Exception as error:  # noqa: BLE001  a plugin's import may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a plugin's import may raise anything, and may call sys.exit
         return f"broken: {origin} raised {type(error).__name__}: {error}"
     if not isinstance(backend, Backend):
         return f"broken: {origin} made a {type(backend).__name__}, not a nbnorm.backend.Backend"
     if backend.api_version != API_VERSION:
         return f"broken: {origin} speaks version {backend.api_version} of the contract; this is version {API_VERSION}"
+    if getattr(backend, "name", None) != point.name:
+        return f"broken: {origin} made a backend named {getattr(backend, 'name', None)!r}, not {point.name!r}"
     return backend
 
 
 def _refusal(backend: Backend, request: Request) -> str | None:
     if backend.device != request.device:
         return f"runs on {backend.device}, the array lies on {request.device}"
-    return backend.reject(request)
+    reason = backend.reject(request)
+    if reason is not None and not (isinstance(reason, str) and reason):
+        raise TypeError(f"{type(backend).__name__}.reject must return a reason or None; got {reason!r}")
+    return reason
 
 
 registry = Registry()
+if hasattr(os, "register_at_fork"):
+    registry.survive_fork()
 _preferred: ContextVar[tuple[str, ...] | None] = ContextVar("nbnorm_preferred", default=None)
 _traced: ContextVar[tuple[list[Decision], ...]] = ContextVar("nbnorm_traced", default=())
 _environment: tuple[str, ...] | None = None
@@ -251,7 +286,7 @@ _environment: tuple[str, ...] | None = None
 def use_backend(*names: str) -> Iterator[None]:
     """Prefer these backends, in this order, inside the ``with`` block; the built-in order follows them.
 
-    Holds for the current context (thread or asyncio task) only.
+    Holds for the current context (thread or asyncio task) only; an inner block replaces the order of an outer one.
 
     Raises
     ------
@@ -277,6 +312,8 @@ def use_backend(*names: str) -> Iterator[None]:
 @contextmanager
 def trace() -> Iterator[list[Decision]]:
     """Collect the `Decision` of every call made inside the ``with`` block, in order.
+
+    Calls made by threads that the block starts are not seen: a new thread begins with an empty context.
 
     Examples
     --------
@@ -315,7 +352,7 @@ def decide(request: Request, backend: str | Backend | None, copies: tuple[str, .
     elif named := environment_order():
         decision = registry.decide(_then_built_in(named, request.device), "NBNORM_BACKEND", request)
     else:
-        decision = registry.decide(BUILT_IN_ORDER.get(request.device, ()), "built-in order", request)
+        decision = registry.decide(BUILT_IN_ORDER.get(request.device, ()), BUILT_IN, request)
     return replace(decision, copies=copies) if copies else decision
 
 
@@ -351,7 +388,6 @@ def _strict(request: Request, backend: str | Backend) -> Decision:
         reason = _refusal(backend, request)
         rejected = () if reason is None else ((backend.name, reason),)
         return Decision(request, "backend=", backend.name if reason is None else None, rejected)
-    _check_names((backend,))
     registry.require((backend,))
     return registry.decide((backend,), "backend=", request)
 
@@ -361,7 +397,7 @@ def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("name at least one backend")
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"backend must be a name or a Backend; got {type(name).__name__}")
+            raise TypeError(f"use_backend takes names; got {name!r}")
     return names
 
 

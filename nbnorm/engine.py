@@ -58,25 +58,29 @@ class Call:
 
 
 @dataclass(slots=True)
-class FiveAxes:
-    """x as the backend sees it, how it was made, and what had to be copied for it."""
+class Placed:
+    """x with its axes in the plan's order, not yet collapsed to five; `copies` says why it must be copied, if so."""
 
-    x: NDArray[Any]
+    ordered: NDArray[Any]
     plan: Plan
     copies: tuple[str, ...]
 
+    def five_axes(self) -> NDArray[Any]:
+        """What the backend gets: a read-only view of x, or of its copy."""
+        if self.copies:
+            dtype = self.ordered.dtype.newbyteorder("=")
+            return _read_only(np.array(self.ordered, dtype, order="C").reshape(self.plan.layout))
+        return _read_only(self.ordered.reshape(self.plan.layout))
 
-def view_x(call: Call) -> FiveAxes:
-    """The five-axis view of x in the order of its memory; a copy only where no view exists."""
+
+def place(call: Call) -> Placed:
+    """Find the view of x in the order of its memory, and whether it needs a copy; nothing is copied here."""
     x, axes = call.x.view, call.axes
-    if x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative:
-        plan = layout.logical_plan(axes)
-        ordered = _ordered(x, axes, plan.order)
-    else:
-        split = x.reshape(axes.shape)
-        order = layout.memory_order(split.shape, split.strides)
-        plan = layout.plan(axes, order) or layout.logical_plan(axes)
-        ordered = split.transpose(plan.order)
+    plain = x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative
+    split = x.reshape(axes.shape)
+    plan = None if plain else layout.plan(axes, layout.memory_order(split.shape, split.strides))
+    plan = plan or layout.logical_plan(axes)
+    ordered = split.transpose(plan.order)
     reason = ""
     if not x.dtype.isnative:
         reason = f"byte order {x.dtype.byteorder!r}"
@@ -84,11 +88,10 @@ def view_x(call: Call) -> FiveAxes:
         reason = "unaligned elements"
     else:
         try:
-            return FiveAxes(_read_only(ordered.reshape(plan.layout, copy=False)), plan, ())
+            ordered.reshape(plan.layout, copy=False)
         except ValueError:
             reason = f"strides {x.strides} of shape {x.shape} collapse into no five-axis view"
-    copied = np.array(ordered, x.dtype.newbyteorder("="), order="C").reshape(plan.layout)
-    return FiveAxes(_read_only(copied), plan, (f"x ({x.nbytes} bytes): {reason}",))
+    return Placed(ordered, plan, (f"x ({x.nbytes} bytes): {reason}",) if reason else ())
 
 
 def view_like(array: NDArray[Any], axes: Axes, plan: Plan, *, copy: bool = True) -> NDArray[Any] | None:
@@ -125,17 +128,18 @@ def _read_only(view: NDArray[Any]) -> NDArray[Any]:
     return view
 
 
-def request(call: Call, plan: Plan, params: bool) -> Request:
+def request(call: Call, plan: Plan) -> Request:
     """What a backend may refuse on."""
     sizes = plan.layout
     carrying = tuple(name for axis, name in PARAM_AXES if plan.param_shape[axis] > 1)
-    return Request(call.op, "cpu", call.dtype, call.center, carrying if params else (), sizes.r > 1 and sizes.s > 1)
+    params = carrying if _has_params(call) else ()
+    return Request(call.op, "cpu", call.dtype, call.center, params, sizes.r > 1 and sizes.s > 1)
 
 
 def explain(call: Call) -> dispatch.Decision:
     """The decision for a call, without running it."""
-    five = view_x(call)
-    return dispatch.decide(request(call, five.plan, _has_params(call)), call.backend, five.copies)
+    placed = place(call)
+    return dispatch.decide(request(call, placed.plan), call.backend, placed.copies)
 
 
 def forward(call: Call) -> Any:
@@ -145,33 +149,34 @@ def forward(call: Call) -> Any:
 
 def moments(call: Call) -> Moments:
     """The moments of x over the call's axes."""
-    five = view_x(call)
-    backend = dispatch.select(request(call, five.plan, False), call.backend, five.copies)
+    placed = place(call)
+    backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
     if not call.x.view.size:
         return _no_moments(call.axes)
-    return _logical_moments(backend.moments(five.x, center=True), call.axes, five.plan)
+    return _logical_moments(backend.moments(placed.five_axes(), center=True), call.axes, placed.plan)
 
 
 def vjp(call: Call) -> tuple[Any, Pullback]:
     """The forward result and the function that maps dy to gradients."""
-    result, five, backend, saved = _run(call)
-    return result, Pullback(call, five.plan, backend, saved)
+    result, plan, backend, saved = _run(call)
+    return result, Pullback(call, plan, backend, saved)
 
 
-def _run(call: Call) -> tuple[Any, FiveAxes, Backend, Saved | None]:
+def _run(call: Call) -> tuple[Any, Plan, Backend, Saved | None]:
     """Forward, the Saved for its backward (None for an empty x), and the commit of the running statistics."""
-    five = view_x(call)
-    axes, plan = call.axes, five.plan
-    backend = dispatch.select(request(call, plan, _has_params(call)), call.backend, five.copies)
+    placed = place(call)
+    axes, plan = call.axes, placed.plan
+    backend = dispatch.select(request(call, plan), call.backend, placed.copies)
     weight = None if call.weight is None else view_param(call.weight.view, axes, plan)
     bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
     saved = None
     if call.x.view.size:
         stats = None if call.fixed is None else _fixed_stats(call, plan)
         out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
-        y5, found, rstd = backend.forward(five.x, weight, bias, call.eps, center=call.center, stats=stats, out=out)
+        x = placed.five_axes()
+        y5, found, rstd = backend.forward(x, weight, bias, call.eps, center=call.center, stats=stats, out=out)
         mean = found.mean if found is not None and call.center else stats[0] if stats is not None else None
-        saved = Saved(five.x, mean, rstd, weight, plan.param_shape if _has_params(call) else None, stats is not None)
+        saved = Saved(x, mean, rstd, weight, plan.param_shape if _has_params(call) else None, stats is not None)
         batch = None if found is None else _logical_moments(found, axes, plan)
         y = from_five_axes(y5, call, plan)
     else:
@@ -182,7 +187,7 @@ def _run(call: Call) -> tuple[Any, FiveAxes, Backend, Saved | None]:
     result = call.x.wrap(y) if call.out is None else call.out.given
     if call.running is not None and batch is not None:
         _commit(call.running, batch)
-    return (result, batch) if call.return_moments else result, five, backend, saved
+    return (result, batch) if call.return_moments else result, plan, backend, saved
 
 
 def _commit(running: Running, batch: Moments) -> None:

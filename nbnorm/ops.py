@@ -81,7 +81,8 @@ def batch_norm(
 
     Returns
     -------
-    y : array of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+    y : array of x's kind, dtype, shape and memory order
+        ``(y, Moments)`` with `return_moments`; ``(y, None)`` where given statistics normalized.
 
     Raises
     ------
@@ -354,10 +355,16 @@ def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str |
     >>> m.count, m.mean.tolist(), m.var().tolist()
     (2, [2.0, 4.0], [1.0, 4.0])
     """
+    return engine.moments(_prepare_moments(x, axis, backend=backend))
+
+
+def _prepare_moments(
+    x: Array, axis: int | Sequence[int] | None = None, *, backend: str | Backend | None = None
+) -> Call:
     operand, dtype = _check_x(x, least=0)
     every = tuple(range(operand.view.ndim))
     axes = layout.over(operand.view.shape, every if axis is None else _check_axes(axis, operand.view), params=False)
-    return engine.moments(Call("moments", operand, dtype, axes, backend=_check_backend(backend)))
+    return Call("moments", operand, dtype, axes, backend=_check_backend(backend))
 
 
 def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullback]:
@@ -388,7 +395,7 @@ def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullbac
     >>> grads.weight.round(4).tolist(), grads.bias
     ([-1.069, 0.0, 0.0], None)
     """
-    call = _prepared(op, args, kwargs)
+    call = _prepared(op, _prepare, args, kwargs)
     if call.out is not None and _overlap(call.out.view, call.x.view):
         raise ValueError("out must not overlap x under vjp: the gradient needs x as it was")
     return engine.vjp(call)
@@ -399,9 +406,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Decis
 
     Parameters
     ----------
-    op : one of the norms, such as `nbnorm.batch_norm`
+    op : one of the norms, such as `nbnorm.batch_norm`, or `nbnorm.moments`
     *args, **kwargs
-        Its arguments.
+        Its arguments, which are checked as in a call.
 
     Returns
     -------
@@ -414,13 +421,18 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Decis
     >>> print(nbnorm.explain(nbnorm.layer_norm, x, 3, backend="numpy"))
     layer_norm on cpu, float32: numpy (named by backend=)
     """
-    return engine.explain(_prepared(op, args, kwargs))
+    return engine.explain(_prepared(op, _prepare | {moments: _prepare_moments}, args, kwargs))
 
 
-def _prepared(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    prepare = _prepare.get(op)
+def _prepared(
+    op: Callable[..., Any],
+    preparations: dict[Callable[..., Any], Callable[..., Call]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Call:
+    prepare = preparations.get(op)
     if prepare is None:
-        known = ", ".join(f"nbnorm.{run.__name__}" for run in _prepare)
+        known = ", ".join(f"nbnorm.{run.__name__}" for run in preparations)
         raise TypeError(f"op must be one of {known}; got {op!r}")
     return prepare(*args, **kwargs)
 

@@ -50,7 +50,7 @@ class NumpyBackend(Backend):
             if bias is not None:
                 y += bias
             if out is None:
-                return y.astype(x.dtype)
+                return y.astype(x.dtype, order="C")
             out[...] = y
             return out
 
@@ -94,7 +94,7 @@ class NumpyBackend(Backend):
             if k2 is not None:
                 dx -= _xhat(x, mean, rstd) * _stat(k2)
             dx *= _stat(rstd)
-            return dx.astype(x.dtype)
+            return dx.astype(x.dtype, order="C")
 
 
 def _stat(stat: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbnorm.backend import reciprocal_std
 from nbnorm_backends.numba_cpu import kernels
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.kernels import K1, K2, M2, MEAN, POOR_PIVOT, RESIDUAL, RSTD
@@ -113,7 +114,7 @@ def _find(grid: _Grid, x: Array, center: bool, eps: float, stats: Array) -> None
             s, q = part.sum(axis=2)  # the same bits as before where the pivot stayed
         _merge(grid, center, pivot, s, q, stats)
         count = rows * grid.k * x.shape[3]
-        stats[RSTD] = 1.0 / np.sqrt(stats[M2] / count + eps)
+        stats[RSTD] = reciprocal_std(stats[M2] / count, eps)
 
 
 def _merge(grid: _Grid, center: bool, pivot: Array, s: Array, q: Array, stats: Array) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numba
+import numpy as np
 from numba import njit, prange
 
 Kernel = Callable[..., None]
@@ -174,7 +175,7 @@ class Prange:
 def _driver(kernel: Kernel) -> Callable[[int, tuple[Any, ...]], None]:
     def drive(chunks: int, args: tuple[Any, ...]) -> None:
         for chunk in prange(chunks):
-            kernel(chunk, *args)
+            kernel(np.int64(chunk), *args)  # prange counts in uint64, for which the kernel would be compiled anew
 
     compiled: Callable[[int, tuple[Any, ...]], None] = njit(parallel=True, nogil=True)(drive)
     return compiled

@@ -1,0 +1,186 @@
+"""The `nbnorm` command: `nbnorm demo` and `nbnorm info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+
+import nbnorm
+from nbnorm.demo import picture, training
+from nbnorm.dispatch import BUILT_IN_ORDER, BUILT_IN_PACKAGE, registry
+from nbnorm.errors import BackendError
+
+try:
+    import typer
+    from platformdirs import user_cache_dir
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as missing:  # the entry point imports this module before it can say anything
+    sys.exit(f'nbnorm: the command line needs {missing.name}: pip install "nbnorm[cli]"')
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command; a backend that cannot be had is one line, not a traceback."""
+    try:
+        app()
+    except BackendError as error:
+        sys.exit(f"nbnorm: {error}")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nbnorm {nbnorm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Normalization for arrays of any framework."""
+
+
+# ---- nbnorm demo -----------------------------------------------------------------------------------------------------
+
+
+def _check_plot(path: Path) -> Path:
+    if path.suffix.lower() not in picture.FORMATS:
+        raise typer.BadParameter(f"must end in {', '.join(picture.FORMATS)}; got '{path}'")
+    if not os.access(path.parent, os.W_OK) or not path.parent.is_dir():
+        raise typer.BadParameter(f"'{path.parent}' is not a folder that can be written to")
+    return path
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="How often each network sees the training images.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of the order of the images.")] = 0,
+    plot: Annotated[
+        Path,
+        typer.Option(callback=_check_plot, dir_okay=False, writable=True, help="Where to save the loss curves."),
+    ] = Path("nbnorm-demo.png"),
+) -> None:
+    """Train a small network on handwritten digits, with and without batch norm."""
+    if find_spec("matplotlib") is None:
+        sys.exit('nbnorm: the demo needs matplotlib: pip install "nbnorm[demo]"')
+    console = _console()
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        report = training.run(epochs, seed, progress.track)
+    console.print(_results(report))
+    picture.save_loss_curves(report.losses, epochs, plot)
+    console.print(f"loss curves: {plot}", soft_wrap=True)
+
+
+def _results(report: training.Report) -> Table:
+    table = Table(title="nbnorm demo: UCI handwritten digits", show_header=False)
+    for name, correct in report.correct.items():
+        table.add_row(f"test accuracy, {name}", f"{correct / report.tested:.1%} ({correct} of {report.tested})")
+    table.add_section()
+    for decision, count in report.decisions.items():
+        table.add_row(f"backend of {count} normalizations", str(decision))
+    table.add_section()
+    alone = ", with nothing to compare it to" if len(report.norm_seconds) == 1 else ""
+    for backend, seconds in report.norm_seconds.items():
+        table.add_row(f"normalization in one training, {backend}", f"{seconds:.2f} s{alone}")
+    table.add_row("first calls, with compilation", f"{report.first_calls_seconds:.2f} s")
+    table.add_row("whole demo", f"{report.seconds:.1f} s")
+    return table
+
+
+# ---- nbnorm info -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def info() -> None:
+    """Print versions, processor, threads, cache folder and the state of every backend."""
+    console = _console()
+    facts = _facts()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        console.print(f"{name:<{width}}  {value}", soft_wrap=True)
+    console.print(_backend_table())
+
+
+def _facts() -> dict[str, str]:
+    return {
+        "nbnorm": nbnorm.__version__,
+        "Python": platform.python_version(),
+        **{package: _version(package) for package in ("numpy", "numba", "scipy")},
+        "processor": _processor(),
+        "threads": f"{_usable_threads()} usable",
+        "cache folder": os.environ.get("NBNORM_CACHE_DIR") or user_cache_dir("nbnorm"),
+        "dispatch": _dispatch(),
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NBNORM_")},
+    }
+
+
+def _version(package: str) -> str:
+    """From the metadata: importing Numba takes longer than everything else here."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _usable_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _dispatch() -> str:
+    """What would run a float32 batch norm here and now, and why."""
+    try:
+        return str(nbnorm.explain(nbnorm.batch_norm, np.zeros((2, 1), np.float32), training=True))
+    except BackendError as error:  # NBNORM_BACKEND names a backend that is not there
+        return str(error)
+
+
+def _backend_table() -> Table:
+    """Built-in backends are loaded, to know their state; third-party ones are only listed."""
+    for found in nbnorm.backends():
+        if _is_built_in(found):
+            registry.load(found.name)
+    table = Table("backend", "distribution", "state", "reason", title="Backends")
+    for found in nbnorm.backends():
+        table.add_row(found.name, found.distribution, found.state, found.reason or _when_it_runs(found))
+    return table
+
+
+def _is_built_in(found: nbnorm.BackendInfo) -> bool:
+    return found.target.startswith(f"{BUILT_IN_PACKAGE}.")
+
+
+def _when_it_runs(found: nbnorm.BackendInfo) -> str:
+    if not _is_built_in(found):
+        return "third-party: runs only where it is named"
+    return next(
+        f"choice {order.index(found.name) + 1} of the built-in order on {device}"
+        for device, order in BUILT_IN_ORDER.items()
+        if found.name in order
+    )
+
+
+def _console() -> Console:
+    """Text as it is: reasons and paths may hold what rich would take for markup."""
+    return Console(markup=False, emoji=False, highlight=False)

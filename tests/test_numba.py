@@ -1,0 +1,294 @@
+"""The Numba backend's own promises: bits that do not depend on threads, schedulers and neighbours; threads and forks
+of other people's programs; halves without F16C."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nbnorm
+from nbnorm.dispatch import registry
+from nbnorm_backends.numba_cpu.pool import Pool, Prange, thread_count
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(6, 32, 29, 31)).astype("f4")
+DY = RNG.normal(size=X.shape).astype("f4")
+
+
+def everything(x: Any, dy: Any) -> list[Any]:
+    """Results of every norm and gradient on one array, in both layouts."""
+    found = []
+    channels = x.shape[1]
+    weight, bias = np.linspace(0.5, 2, channels).astype("f4"), np.linspace(-1, 1, channels).astype("f4")
+    last, dy_last = np.ascontiguousarray(np.moveaxis(x, 1, -1)), np.ascontiguousarray(np.moveaxis(dy, 1, -1))
+    calls = []
+    for axis, array, cotangent in ((1, x, dy), (-1, last, dy_last)):
+        keys = {"weight": weight, "bias": bias, "channel_axis": axis}
+        calls += [
+            (nbnorm.batch_norm, array, cotangent, {"training": True, **keys}),
+            (nbnorm.group_norm, array, cotangent, {"num_groups": 4, **keys}),
+            (nbnorm.instance_norm, array, cotangent, keys),
+        ]
+    calls += [
+        (nbnorm.layer_norm, last, dy_last, {"normalized_shape": channels, "weight": weight, "bias": bias}),
+        (nbnorm.layer_norm, x, dy, {"axis": 1, "weight": weight, "bias": bias}),
+        (nbnorm.rms_norm, last, dy_last, {"normalized_shape": channels, "weight": weight}),
+    ]
+    for op, array, cotangent, call in calls:
+        y, pullback = nbnorm.vjp(op, array, backend="numba", **call)
+        found += [y, *(grad for grad in pullback(cotangent) if grad is not None)]
+    return found
+
+
+@pytest.fixture
+def backend_numba() -> Any:
+    return registry.load("numba")
+
+
+def same_bits(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(p.tobytes() == q.tobytes() for p, q in zip(a, b, strict=True))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(backend_numba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_numba, "scheduler", Pool(1))
+    alone = everything(X, DY)
+    for threads in (2, 3, 7):
+        monkeypatch.setattr(backend_numba, "scheduler", Pool(threads))
+        assert same_bits(everything(X, DY), alone), threads
+
+
+def test_prange_gives_the_same_bits(backend_numba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_numba, "scheduler", Pool(2))
+    pooled = everything(X, DY)
+    prange = Prange(2)
+    if reason := prange.refusal():
+        pytest.skip(reason)
+    monkeypatch.setattr(backend_numba, "scheduler", prange)
+    assert same_bits(everything(X, DY), pooled)
+
+
+def test_rows_do_not_depend_on_their_batch() -> None:
+    x = RNG.normal(size=(300, 513)).astype("f4")
+    weight = RNG.normal(size=513).astype("f4")
+    whole = nbnorm.layer_norm(x, 513, weight, backend="numba")
+    for rows in (slice(0, 1), slice(7, 8), slice(100, 299)):
+        np.testing.assert_array_equal(nbnorm.layer_norm(x[rows], 513, weight, backend="numba"), whole[rows])
+
+
+def test_many_threads_call_at_once() -> None:
+    expected = everything(X[:2], DY[:2])
+    with ThreadPoolExecutor(8) as callers:
+        results = list(callers.map(lambda _: everything(X[:2], DY[:2]), range(24)))
+    assert all(same_bits(result, expected) for result in results)
+
+
+def test_an_error_in_a_chunk_reaches_the_caller_and_the_pool_lives_on() -> None:
+    pool = Pool(3)
+    done: list[int] = []
+
+    def kernel(chunk: int, bad: int) -> None:
+        if chunk == bad:
+            raise ZeroDivisionError(f"chunk {chunk}")
+        done.append(chunk)
+
+    for bad in (0, 5, 39):
+        with pytest.raises(ZeroDivisionError, match=f"chunk {bad}"):
+            pool.run(kernel, 40, (bad,), parallel=True)
+    done.clear()
+    pool.run(kernel, 40, (-1,), parallel=True)
+    assert sorted(done) == list(range(40))
+
+
+def test_every_chunk_runs_once() -> None:
+    pool, lock = Pool(4), threading.Lock()
+    seen: list[int] = []
+
+    def kernel(chunk: int) -> None:
+        with lock:
+            seen.append(chunk)
+
+    for chunks in (1, 2, 3, 100):
+        for parallel in (True, False):
+            seen.clear()
+            pool.run(kernel, chunks, (), parallel=parallel)
+            assert sorted(seen) == list(range(chunks))
+
+
+def test_helpers_hold_no_arrays() -> None:
+    """After a call the pool keeps no reference to the arrays it worked on."""
+    import gc
+    import time
+    import weakref
+
+    class Box:
+        pass
+
+    pool, box = Pool(2), Box()
+    gone = weakref.ref(box)
+    pool.run(lambda chunk, box: time.sleep(0.01), 8, (box,), parallel=True)
+    del box
+    deadline = time.monotonic() + 5
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert gone() is None
+
+
+PRELUDE = """
+import os, sys, threading, numpy as np, nbnorm
+x = np.random.default_rng(0).normal(size=(64, 64, 40, 2)).astype("f4")
+def work():
+    return nbnorm.batch_norm(x, training=True, backend="numba").tobytes()
+def in_child():
+    pid = os.fork()
+    if not pid:
+        ok = 1
+        try:
+            ok = 0 if work() == expected else 2
+        finally:
+            os._exit(ok)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+def fresh_process(code: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NBNORM_")}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(code)]
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_children_and_grandchildren() -> None:
+    """From a process whose pool is busy, as a data loader forks its workers."""
+    printed = fresh_process(
+        """
+        expected = work()
+        busy = threading.Event()
+        def keep_busy():
+            while not busy.is_set():
+                work()
+        threads = [threading.Thread(target=keep_busy) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        codes = [in_child() for _ in range(10)]
+        pid = os.fork()
+        if not pid:
+            os._exit(in_child())
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        busy.set()
+        for thread in threads:
+            thread.join()
+        print(codes)
+        """
+    )
+    assert printed == str([0] * 11)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_another_thread_compiles() -> None:
+    """The child must compile too, under the lock that the compiling thread held when it forked."""
+    printed = fresh_process(
+        """
+        expected = nbnorm.batch_norm(x, training=True, backend="numpy")
+        def compile_all():
+            for dtype in ("f4", "f8"):
+                nbnorm.vjp(nbnorm.group_norm, x.astype(dtype), 4, backend="numba")[1](x.astype(dtype))
+        nbnorm.moments(x[:1], backend="numba")
+        thread = threading.Thread(target=compile_all)
+        thread.start()
+        codes = []
+        while thread.is_alive() and len(codes) < 3:
+            pid = os.fork()
+            if not pid:
+                ok = 1
+                try:
+                    y = nbnorm.batch_norm(x, training=True, backend="numba")
+                    ok = 0 if np.abs(y - expected).max() < 1e-5 else 2
+                finally:
+                    os._exit(ok)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        thread.join()
+        print(set(codes))
+        """
+    )
+    assert printed == "{0}"
+
+
+def test_prange_is_chosen_by_the_environment_and_refused_in_a_child() -> None:
+    printed = fresh_process(
+        """
+        import numba
+        expected = work()
+        backend = nbnorm.dispatch.registry.load("numba")
+        print(type(backend.scheduler).__name__, numba.threading_layer())
+        pid = os.fork()
+        if not pid:
+            decision = nbnorm.explain(nbnorm.batch_norm, x, training=True)
+            print(decision.chosen, decision.rejected[0][1], flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        """,
+        NBNORM_SCHEDULER="prange",
+        NUMBA_THREADING_LAYER="omp",
+    )
+    first, second = printed.splitlines()
+    assert first == "Prange omp"
+    assert second.startswith("numpy NBNORM_SCHEDULER=prange: this process is a forked child")
+
+
+def test_prange_is_refused_on_workqueue() -> None:
+    printed = fresh_process(
+        "print(nbnorm.explain(nbnorm.batch_norm, x, training=True))",
+        NBNORM_SCHEDULER="prange",
+        NUMBA_THREADING_LAYER="workqueue",
+    )
+    assert "float32: numpy" in printed
+    assert "not numba: NBNORM_SCHEDULER=prange: Numba's threading layer here is workqueue" in printed
+
+
+def test_wrong_settings_are_reported() -> None:
+    for name, value, message in (
+        ("NBNORM_SCHEDULER", "fibers", "NBNORM_SCHEDULER must be pool or prange; got 'fibers'"),
+        ("NBNORM_NUM_THREADS", "many", "NBNORM_NUM_THREADS must be a positive whole number; got 'many'"),
+        ("NBNORM_NUM_THREADS", "0", "NBNORM_NUM_THREADS must be a positive whole number; got '0'"),
+    ):
+        printed = fresh_process("print(nbnorm.explain(nbnorm.batch_norm, x, training=True))", **{name: value})
+        assert message in printed
+        assert "float32: numpy" in printed
+
+
+def test_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("NBNORM_NUM_THREADS", raising=False)
+    assert thread_count() == available
+    monkeypatch.setenv("NBNORM_NUM_THREADS", "1")
+    assert thread_count() == 1
+    monkeypatch.setenv("NBNORM_NUM_THREADS", "4096")
+    assert thread_count() == available
+
+
+def test_float16_without_f16c_is_refused_not_run() -> None:
+    """On a processor without the instructions LLVM would call a function that is not there, and crash."""
+    printed = fresh_process(
+        """
+        half = x[:2].astype("f2")
+        print(nbnorm.explain(nbnorm.batch_norm, half, training=True))
+        y = nbnorm.batch_norm(half, training=True)
+        print(bool(np.isfinite(y.astype("f4")).all()), nbnorm.explain(nbnorm.batch_norm, x, training=True).chosen)
+        """,
+        NUMBA_CPU_NAME="x86-64",
+        NUMBA_CPU_FEATURES="",
+    )
+    assert "float16: numpy" in printed
+    assert "not numba: float16 needs the F16C instructions" in printed
+    assert printed.endswith("True numba")
