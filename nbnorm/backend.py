@@ -4,7 +4,7 @@ group ``nbnorm.backends``; see the guide "Writing a backend"."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nbnorm.statistics import Moments
 
 API_VERSION = 1
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
 View = Any  # a five-axis array (n, r, g, c, s), native to the backend's device
 Stats = Any  # float64 (n, g); on a device, whatever its kernels keep
 
@@ -26,6 +27,7 @@ class Request(NamedTuple):
     center: bool  # False for RMS statistics
     param_axes: tuple[str, ...]  # which of "r", "g", "c" carry weight and bias; () where there are none
     split: bool  # the reduction lies on both sides of the statistics axis g: r > 1 and s > 1
+    activation: str | None = None
 
 
 class Grads(NamedTuple):
@@ -47,6 +49,8 @@ class Saved:
     weight: View | None
     param_shape: tuple[int, ...] | None  # shape of the gradients of weight and bias; None: not wanted
     fixed: bool  # the statistics were given (eval): no gradient flows through them
+    bias: View | None = None  # only to find again what the activation was applied to
+    activation: str | None = None
 
     @property
     def count(self) -> int:
@@ -120,19 +124,29 @@ class Backend(ABC):
         *,
         center: bool,
         stats: tuple[Stats | None, Stats] | None = None,
+        activation: str | None = None,
         out: View | None = None,
     ) -> tuple[View, Moments | None, Stats]:
-        """(y, moments, rstd); with `stats` = (mean, rstd) given, the moments are None."""
-        if stats is not None:
-            mean, rstd = stats
-            return self.apply(x, mean, rstd, weight, bias, out=out), None, rstd
-        found = self.moments(x, center=center)
-        rstd = reciprocal_std(found.m2 / found.count, eps)
-        mean = found.mean if center else None
-        return self.apply(x, mean, rstd, weight, bias, out=out), found, rstd
+        """(y, moments, rstd), with y = activation(norm(x)); with `stats` = (mean, rstd) given, the moments are None."""
+        found = None
+        if stats is None:
+            found = self.moments(x, center=center)
+            stats = found.mean if center else None, reciprocal_std(found.m2 / found.count, eps)
+        mean, rstd = stats
+        y = self.apply(x, mean, rstd, weight, bias, out=out)
+        if activation is not None:
+            from nbnorm.activations import activate  # noqa: PLC0415  imports scipy.special, which few calls need
+
+            y = activate(activation, y, out=y)
+        return y, found, rstd
 
     def backward(self, dy: View, saved: Saved) -> Grads:
         """Gradients as five-axis views; those of weight and bias in float64, of shape `saved.param_shape`."""
+        if saved.activation is not None:
+            from nbnorm.activations import gradient  # noqa: PLC0415  imports scipy.special, which few calls need
+
+            z = self.apply(saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, out=None)
+            return self.backward(gradient(saved.activation, z, dy), replace(saved, activation=None))
         args = dy, saved.x, saved.mean, saved.rstd, saved.weight
         if saved.fixed and saved.param_shape is None:
             return Grads(self.backward_apply(*args, None, None))

@@ -11,30 +11,19 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import typer
+from platformdirs import user_cache_dir
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
 
 import nbnorm
 from nbnorm.demo import picture, training
-from nbnorm.dispatch import BUILT_IN_ORDER, BUILT_IN_PACKAGE, registry
+from nbnorm.dispatch import BUILT_IN_NAMES, BUILT_IN_ORDER, registry
 from nbnorm.errors import BackendError
-
-try:
-    import typer
-    from platformdirs import user_cache_dir
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-    from rich.table import Table
-except ModuleNotFoundError as missing:  # the entry point imports this module before it can say anything
-    sys.exit(f'nbnorm: the command line needs {missing.name}: pip install "nbnorm[cli]"')
+from nbnorm_backends.numba_cpu.threads import available_threads, thread_count
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-def main() -> None:
-    """Run the command; a backend that cannot be had is one line, not a traceback."""
-    try:
-        app()
-    except BackendError as error:
-        sys.exit(f"nbnorm: {error}")
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,7 +109,7 @@ def _facts() -> dict[str, str]:
         "Python": platform.python_version(),
         **{package: _version(package) for package in ("numpy", "numba", "scipy")},
         "processor": _processor(),
-        "threads": f"{_usable_threads()} usable",
+        "threads": _threads(),
         "cache folder": os.environ.get("NBNORM_CACHE_DIR") or user_cache_dir("nbnorm"),
         "dispatch": _dispatch(),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NBNORM_")},
@@ -142,10 +131,11 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _usable_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads() -> str:
+    try:
+        return f"{thread_count()} of {available_threads()} usable"
+    except ValueError as error:
+        return str(error)
 
 
 def _dispatch() -> str:
@@ -168,7 +158,7 @@ def _backend_table() -> Table:
 
 
 def _is_built_in(found: nbnorm.BackendInfo) -> bool:
-    return found.target.startswith(f"{BUILT_IN_PACKAGE}.")
+    return found.name in BUILT_IN_NAMES and found.state != "refused"
 
 
 def _when_it_runs(found: nbnorm.BackendInfo) -> str:

@@ -50,6 +50,7 @@ class Call:
     bias: Operand | None = None
     eps: float = 1e-5
     center: bool = True
+    activation: str | None = None
     fixed: tuple[NDArray[Any], NDArray[Any]] | None = None  # (mean, var) that normalize instead of x's own
     running: Running | None = None  # updated after success
     out: Operand | None = None
@@ -133,7 +134,7 @@ def request(call: Call, plan: Plan) -> Request:
     sizes = plan.layout
     carrying = tuple(name for axis, name in PARAM_AXES if plan.param_shape[axis] > 1)
     params = carrying if _has_params(call) else ()
-    return Request(call.op, "cpu", call.dtype, call.center, params, sizes.r > 1 and sizes.s > 1)
+    return Request(call.op, "cpu", call.dtype, call.center, params, sizes.r > 1 and sizes.s > 1, call.activation)
 
 
 def explain(call: Call) -> dispatch.Decision:
@@ -174,9 +175,12 @@ def _run(call: Call) -> tuple[Any, Plan, Backend, Saved | None]:
         stats = None if call.fixed is None else _fixed_stats(call, plan)
         out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
         x = placed.five_axes()
-        y5, found, rstd = backend.forward(x, weight, bias, call.eps, center=call.center, stats=stats, out=out)
+        y5, found, rstd = backend.forward(
+            x, weight, bias, call.eps, center=call.center, stats=stats, activation=call.activation, out=out
+        )
         mean = found.mean if found is not None and call.center else stats[0] if stats is not None else None
-        saved = Saved(x, mean, rstd, weight, plan.param_shape if _has_params(call) else None, stats is not None)
+        param_shape = plan.param_shape if _has_params(call) else None
+        saved = Saved(x, mean, rstd, weight, param_shape, stats is not None, bias, call.activation)
         batch = None if found is None else _logical_moments(found, axes, plan)
         y = from_five_axes(y5, call, plan)
     else:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine, layout
 from nbnorm.arrays import HALF, Array, float_view
-from nbnorm.backend import Backend
+from nbnorm.backend import ACTIVATIONS, Backend
 from nbnorm.engine import Call, Operand, Pullback, Running
 from nbnorm.layout import Axes
 from nbnorm.statistics import Moments
@@ -48,6 +48,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    activation: str | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -72,6 +73,8 @@ def batch_norm(
     eps : float
         Added to the variance; must be positive in training.
     channel_axis : int
+    activation : "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh"
+        Applied to the result; leaky_relu has slope 0.01 below zero.
     out : array like x
         Where to write the result; x itself, or memory apart from it.
     return_moments : bool
@@ -110,7 +113,7 @@ def batch_norm(
     channel = _check_axis("channel_axis", channel_axis, operand.view)
     axes = layout.batch(operand.view.shape, channel)
     call = Call("batch_norm", operand, dtype, axes, eps=_check_number("eps", eps))
-    _check_call(call, weight, bias, out, return_moments, backend)
+    _check_call(call, weight, bias, activation, out, return_moments, backend)
     _check_statistics(call, running_mean, running_var, training, momentum, "training")
     return call
 
@@ -127,6 +130,7 @@ def instance_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    activation: str | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -141,7 +145,7 @@ def instance_norm(
         of the unbiased variances, as PyTorch does; without it they normalize.
     weight, bias : arrays (C,)
     use_input_stats : bool
-    momentum, eps, channel_axis, out, return_moments, backend
+    momentum, eps, channel_axis, activation, out, return_moments, backend
         As for `batch_norm`. The moments have shape (N, C).
 
     Returns
@@ -167,7 +171,7 @@ def instance_norm(
     channel = _check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
     axes = layout.instance(operand.view.shape, channel)
     call = Call("instance_norm", operand, dtype, axes, eps=_check_number("eps", eps))
-    _check_call(call, weight, bias, out, return_moments, backend)
+    _check_call(call, weight, bias, activation, out, return_moments, backend)
     _check_statistics(call, running_mean, running_var, use_input_stats, momentum, "use_input_stats")
     return call
 
@@ -181,6 +185,7 @@ def group_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    activation: str | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -193,7 +198,7 @@ def group_norm(
     num_groups : int
         Must divide C.
     weight, bias : arrays (C,)
-    eps, channel_axis, out, return_moments, backend
+    eps, channel_axis, activation, out, return_moments, backend
         As for `batch_norm`. The moments have shape (N, num_groups).
 
     Returns
@@ -223,7 +228,7 @@ def group_norm(
         raise ValueError(f"num_groups must divide the {shape[channel]} channels of x {shape}; got {groups}")
     axes = layout.group(shape, groups, channel)
     call = Call("group_norm", operand, dtype, axes, eps=_check_number("eps", eps))
-    return _check_call(call, weight, bias, out, return_moments, backend)
+    return _check_call(call, weight, bias, activation, out, return_moments, backend)
 
 
 @_op
@@ -235,6 +240,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] | None = None,
+    activation: str | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -250,7 +256,7 @@ def layer_norm(
     eps : float
     axis : int or ints
         The axes to normalize over.
-    out, return_moments, backend
+    activation, out, return_moments, backend
         As for `batch_norm`. The moments have the shape of the axes that are kept.
 
     Returns
@@ -275,7 +281,7 @@ def layer_norm(
     operand, dtype = _check_x(x, least=1)
     axes = _normalized_axes(operand.view, normalized_shape, axis)
     call = Call("layer_norm", operand, dtype, axes, eps=_check_number("eps", eps))
-    return _check_call(call, weight, bias, out, return_moments, backend)
+    return _check_call(call, weight, bias, activation, out, return_moments, backend)
 
 
 @_op
@@ -286,6 +292,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     axis: int | Sequence[int] | None = None,
+    activation: str | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -295,7 +302,7 @@ def rms_norm(
     Parameters
     ----------
     x : array (..., *normalized_shape)
-    normalized_shape, weight, axis, out, backend
+    normalized_shape, weight, axis, activation, out, backend
         As for `layer_norm`.
     eps : float
         None stands for the epsilon of the type computed in: float64's for float64, float32's for the others.
@@ -326,7 +333,7 @@ def rms_norm(
     if eps is None:
         eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     call = Call("rms_norm", operand, dtype, axes, eps=_check_number("eps", eps), center=False)
-    return _check_call(call, weight, None, out, return_moments, backend)
+    return _check_call(call, weight, None, activation, out, return_moments, backend)
 
 
 def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str | Backend | None = None) -> Moments:
@@ -451,13 +458,17 @@ def _check_call(
     call: Call,
     weight: Array | None,
     bias: Array | None,
+    activation: str | None,
     out: Array | None,
     return_moments: bool,
     backend: str | Backend | None,
 ) -> Call:
-    """What every norm has: parameters, out, return_moments, backend."""
+    """What every norm has: parameters, activation, out, return_moments, backend."""
     call.weight = _check_param(call, weight, "weight")
     call.bias = _check_param(call, bias, "bias")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
+    call.activation = activation
     call.return_moments = bool(return_moments)
     call.backend = _check_backend(backend)
     if out is not None:

@@ -15,7 +15,7 @@ from platformdirs import user_cache_dir
 INHERITED = {name: value for name, value in os.environ.items() if not name.startswith("NBNORM_")}
 # None in sys.modules is Python's own way to say that a module cannot be imported.
 HIDE = "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')))\n"
-RUN = "from nbnorm.cli import main; main()"
+RUN = "from nbnorm.__main__ import main; main()"
 
 
 def nbnorm(*arguments: str | Path, hide: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,7 @@ def test_demo_refuses_bad_options(option: str, value: str, message: str) -> None
 def test_without_the_cli_extra_one_line_names_it(absent: str) -> None:
     done = nbnorm("--help", hide=absent)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(rf'nbnorm: the command line needs {absent}\S*: pip install "nbnorm\[cli\]"\n', done.stderr)
+    assert re.fullmatch(rf'nbnorm: the command line needs {absent}: pip install "nbnorm\[cli\]"\n', done.stderr)
 
 
 def test_without_matplotlib_the_demo_names_its_extra_before_training() -> None:
@@ -137,7 +137,8 @@ def test_info_names_versions_machine_and_folder() -> None:
         assert facts[package] == version(package)
     assert facts["Python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["processor"]
-    assert facts["threads"] == f"{len(os.sched_getaffinity(0))} usable"
+    available = len(os.sched_getaffinity(0))
+    assert facts["threads"] == f"{available} of {available} usable"
     assert facts["cache folder"] == user_cache_dir("nbnorm")
     assert facts["dispatch"].startswith("batch_norm on cpu, float32: numba")
     assert facts["NBNORM_DISABLE_PLUGINS"] == "1"

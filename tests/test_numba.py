@@ -16,7 +16,8 @@ import pytest
 
 import nbnorm
 from nbnorm.dispatch import registry
-from nbnorm_backends.numba_cpu.pool import Pool, Prange, thread_count
+from nbnorm_backends.numba_cpu.pool import Pool, Prange
+from nbnorm_backends.numba_cpu.threads import thread_count
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 32, 29, 31)).astype("f4")
@@ -192,6 +193,30 @@ def test_forked_children_and_grandchildren() -> None:
         """
     )
     assert printed == str([0] * 11)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_many_threads_and_many_forks() -> None:
+    """8 threads of 300 calls each while the main thread forks 60 times; every result and every child is checked."""
+    printed = fresh_process(
+        """
+        expected = work()
+        wrong = []
+        def call():
+            for _ in range(300):
+                if work() != expected:
+                    wrong.append(1)
+        threads = [threading.Thread(target=call) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        codes = {in_child() for _ in range(60)}
+        for thread in threads:
+            thread.join()
+        print(len(wrong), codes)
+        """
+    )
+    assert printed == "0 {0}"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -15,7 +15,8 @@ from nbnorm.statistics import Moments
 from nbnorm_backends.numba_cpu import columns, runs
 from nbnorm_backends.numba_cpu.elements import converts_float16
 from nbnorm_backends.numba_cpu.kernels import M2, MEAN, RESIDUAL, RSTD
-from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler, thread_count
+from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
+from nbnorm_backends.numba_cpu.threads import thread_count
 
 Array = NDArray[Any]
 
@@ -56,8 +57,11 @@ class NumbaBackend(Backend):
         *,
         center: bool,
         stats: tuple[Array | None, Array] | None = None,
+        activation: str | None = None,
         out: Array | None = None,
     ) -> tuple[Array, Moments | None, Array]:
+        if activation is not None:  # not fused yet: composed, in one more pass
+            return super().forward(x, weight, bias, eps, center=center, stats=stats, activation=activation, out=out)
         y = np.empty(x.shape, x.dtype) if out is None else out
         table = _table(x, stats)
         find = stats is None
@@ -65,6 +69,8 @@ class NumbaBackend(Backend):
         return y, _moments(x, table) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def backward(self, dy: Array, saved: Saved) -> Grads:
+        if saved.activation is not None:
+            return super().backward(dy, saved)
         x, stats = saved.x, (saved.mean, saved.rstd)
         find = not saved.fixed or saved.param_shape is not None
         divisors = np.full(2, 0 if saved.fixed else saved.count, np.float64)

@@ -27,23 +27,6 @@ class Scheduler(Protocol):
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None: ...
 
 
-def thread_count() -> int:
-    """NBNORM_NUM_THREADS, else the processors this process may use.
-
-    Raises
-    ------
-    ValueError
-        If the variable is not a positive whole number.
-    """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = os.environ.get("NBNORM_NUM_THREADS", "").strip()
-    if not wanted:
-        return available
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise ValueError(f"NBNORM_NUM_THREADS must be a positive whole number; got {wanted!r}")
-    return min(int(wanted), available)
-
-
 class _Job:
     """The chunks of one call. Claiming is ``next`` on one counter, which the GIL makes atomic."""
 

@@ -1,0 +1,74 @@
+"""Activations that may follow a norm, with their derivatives: float64 in, float64 out, on host arrays.
+
+What backends that do not fuse them are composed with. Imported on first use, because scipy.special takes 0.1 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, ndtr
+
+Float64s = NDArray[np.float64]
+LEAK = 0.01  # slope of leaky_relu below zero, PyTorch's default
+
+
+def _sigmoid_slope(z: Float64s) -> Float64s:
+    s = expit(z)
+    return np.asarray(s * (1 - s))
+
+
+def _silu_slope(z: Float64s) -> Float64s:
+    s = expit(z)
+    return np.asarray(s * (1 + z * (1 - s)))
+
+
+def _gelu_slope(z: Float64s) -> Float64s:
+    density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+    return np.asarray(ndtr(z) + z * density)
+
+
+def _gelu_tanh_inner(z: Float64s) -> Float64s:
+    """The argument of the tanh that stands for the normal distribution (Hendrycks and Gimpel, 2016)."""
+    return np.asarray(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+
+
+def _gelu_tanh(z: Float64s) -> Float64s:
+    return np.asarray(0.5 * z * (1 + np.tanh(_gelu_tanh_inner(z))))
+
+
+def _gelu_tanh_slope(z: Float64s) -> Float64s:
+    t = np.tanh(_gelu_tanh_inner(z))
+    return np.asarray(0.5 * (1 + t) + 0.5 * z * (1 - t * t) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z * z))
+
+
+_FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "relu": (lambda z: np.maximum(z, 0.0), lambda z: np.where(z > 0, 1.0, 0.0)),
+    "leaky_relu": (lambda z: np.where(z > 0, z, LEAK * z), lambda z: np.where(z > 0, 1.0, LEAK)),
+    "silu": (lambda z: z * expit(z), _silu_slope),
+    "gelu": (lambda z: z * ndtr(z), _gelu_slope),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_slope),
+    "sigmoid": (expit, _sigmoid_slope),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+}
+
+
+def activate(name: str, z: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The activation of z, in z's dtype; written to `out` when given, which may be z."""
+    with np.errstate(all="ignore"):
+        y = _FUNCTIONS[name][0](z.astype(np.float64))
+        if out is None:
+            return np.asarray(y.astype(z.dtype, order="C"))
+        out[...] = y
+        return out
+
+
+def gradient(name: str, z: NDArray[Any], dy: NDArray[Any]) -> NDArray[Any]:
+    """dy times the derivative of the activation at z, in dy's dtype."""
+    with np.errstate(all="ignore"):
+        return np.asarray(
+            (dy.astype(np.float64) * _FUNCTIONS[name][1](z.astype(np.float64))).astype(dy.dtype, order="C")
+        )

@@ -1,0 +1,99 @@
+"""Activations after a norm, against the standard library's own functions and finite differences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nbnorm
+from nbnorm.backend import ACTIVATIONS
+from oracle import norm
+
+DEFINITIONS = {
+    "relu": lambda z: max(z, 0.0),
+    "leaky_relu": lambda z: z if z > 0 else 0.01 * z,
+    "silu": lambda z: z / (1 + math.exp(-z)),
+    "gelu": lambda z: z * 0.5 * math.erfc(-z / math.sqrt(2)),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
+    "tanh": math.tanh,
+}
+RNG = np.random.default_rng(0)
+X, DY = RNG.normal(size=(2, 3, 4, 5)) * 3
+WEIGHT, BIAS = RNG.normal(size=(2, 4))
+OPS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "batch": (nbnorm.batch_norm, {"training": True}, {}),
+    "group": (nbnorm.group_norm, {"num_groups": 2}, {"num_groups": 2}),
+    "instance": (nbnorm.instance_norm, {}, {}),
+}
+
+
+def test_every_activation_is_tested() -> None:
+    assert set(DEFINITIONS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_forward(op: str, activation: str, backend: str) -> None:
+    call, keys, oracle = OPS[op]
+    y = call(X, weight=WEIGHT, bias=BIAS, activation=activation, backend=backend, **keys)
+    expected = np.vectorize(DEFINITIONS[activation])(norm(call.__name__, X, WEIGHT, BIAS, **oracle).y.astype(float))
+    np.testing.assert_allclose(y, expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients(activation: str, training: bool, backend: str) -> None:
+    fixed = () if training else (np.full(4, 0.3), np.full(4, 2.0))
+    inputs = {"x": X, "weight": WEIGHT, "bias": BIAS}
+    keys = dict(zip(("running_mean", "running_var"), fixed, strict=False)) | {"training": training, "backend": backend}
+
+    def loss(**changed: Any) -> float:
+        return float((nbnorm.batch_norm(**(inputs | changed), **keys, activation=activation) * DY).sum())
+
+    arguments = {name: value for name, value in inputs.items() if name != "x"}
+    _, pullback = nbnorm.vjp(nbnorm.batch_norm, X, **arguments, **keys, activation=activation)
+    grads = pullback(DY)
+    for name, value in inputs.items():
+        for index in np.ndindex(value.shape):
+            high, low = value.copy(), value.copy()
+            high[index] += 1e-6
+            low[index] -= 1e-6
+            numeric = (loss(**{name: high}) - loss(**{name: low})) / 2e-6
+            assert getattr(grads, name)[index] == pytest.approx(numeric, rel=1e-5, abs=1e-6), (name, index)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype_out_and_layer_norms(dtype: str, backend: str) -> None:
+    x = X.astype(dtype)
+    out = np.empty_like(x)
+    y = nbnorm.layer_norm(x, 5, activation="gelu", out=out, backend=backend)
+    assert y is out
+    z = norm("layer_norm", x, axes=(2,)).y.astype(float)
+    bound = 1e-6 if dtype == "float32" else 4e-3
+    np.testing.assert_allclose(y.astype(float), np.vectorize(DEFINITIONS["gelu"])(z), atol=bound)
+    y = nbnorm.rms_norm(x, 5, activation="silu", backend=backend)
+    z = norm("rms_norm", x, eps=float(np.finfo("f4").eps), axes=(2,)).y.astype(float)
+    np.testing.assert_allclose(y.astype(float), np.vectorize(DEFINITIONS["silu"])(z), atol=bound)
+
+
+def test_in_place(backend: str) -> None:
+    x = X.copy()
+    expected = nbnorm.layer_norm(X, 5, activation="tanh", backend=backend)
+    assert nbnorm.layer_norm(x, 5, activation="tanh", out=x, backend=backend) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_unknown_activation_names_those_that_exist() -> None:
+    for call in (
+        lambda name: nbnorm.layer_norm(X, 5, activation=name),
+        lambda name: nbnorm.rms_norm(X, 5, activation=name),
+        lambda name: nbnorm.group_norm(X, 2, activation=name),
+        lambda name: nbnorm.batch_norm(X, training=True, activation=name),
+        lambda name: nbnorm.instance_norm(X, activation=name),
+    ):
+        with pytest.raises(ValueError, match=r"activation must be one of relu, leaky_relu, silu.*; got 'swish'"):
+            call("swish")
