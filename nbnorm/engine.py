@@ -166,32 +166,40 @@ def vjp(call: Call) -> tuple[Any, Pullback]:
 def _run(call: Call) -> tuple[Any, Plan, Backend, Saved | None]:
     """Forward, the Saved for its backward (None for an empty x), and the commit of the running statistics."""
     placed = place(call)
-    axes, plan = call.axes, placed.plan
+    plan = placed.plan
     backend = dispatch.select(request(call, plan), call.backend, placed.copies)
-    weight = None if call.weight is None else view_param(call.weight.view, axes, plan)
-    bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
-    saved = None
     if call.x.view.size:
-        stats = None if call.fixed is None else _fixed_stats(call, plan)
-        out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
-        x = placed.five_axes()
-        y5, found, rstd = backend.forward(
-            x, weight, bias, call.eps, center=call.center, stats=stats, activation=call.activation, out=out
-        )
-        mean = found.mean if found is not None and call.center else stats[0] if stats is not None else None
-        param_shape = plan.param_shape if _has_params(call) else None
-        saved = Saved(x, mean, rstd, weight, param_shape, stats is not None, bias, call.activation)
-        batch = None if found is None else _logical_moments(found, axes, plan)
-        y = from_five_axes(y5, call, plan)
+        y, found, saved, written = _forward(call, placed, backend)
     else:
-        out, batch = None, _no_moments(axes)
-        y = np.empty(call.x.view.shape, call.x.view.dtype)
-    if call.out is not None and out is None:
+        y, found, saved, written = np.empty(call.x.view.shape, call.x.view.dtype), None, None, False
+    if call.out is not None and not written:
         call.out.view[...] = y
     result = call.x.wrap(y) if call.out is None else call.out.given
+    if call.running is None and not call.return_moments:
+        return result, plan, backend, saved
+    batch = _no_moments(call.axes) if saved is None else None
+    if found is not None:
+        batch = _logical_moments(found, call.axes, plan)
     if call.running is not None and batch is not None:
         _commit(call.running, batch)
     return (result, batch) if call.return_moments else result, plan, backend, saved
+
+
+def _forward(call: Call, placed: Placed, backend: Backend) -> tuple[NDArray[Any], Moments | None, Saved, bool]:
+    """y in the caller's shape, the moments on (n, g), the Saved, and whether y lies in the caller's `out` already."""
+    axes, plan = call.axes, placed.plan
+    weight = None if call.weight is None else view_param(call.weight.view, axes, plan)
+    bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
+    stats = None if call.fixed is None else _fixed_stats(call, plan)
+    out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
+    x = placed.five_axes()
+    y, found, rstd = backend.forward(
+        x, weight, bias, call.eps, center=call.center, stats=stats, activation=call.activation, out=out
+    )
+    mean = stats[0] if stats is not None else found.mean if found is not None and call.center else None
+    param_shape = plan.param_shape if _has_params(call) else None
+    saved = Saved(x, mean, rstd, weight, param_shape, stats is not None, bias, call.activation)
+    return from_five_axes(y, call, plan), found, saved, out is not None
 
 
 def _commit(running: Running, batch: Moments) -> None:
@@ -221,8 +229,8 @@ def _logical_moments(found: Moments, axes: Axes, plan: Plan) -> Moments:
     lengths = tuple(axes.kept_shape[axis] for axis in plan.kept_order)
     back = layout.inverse(plan.kept_order)
 
-    def logical(stat: Any) -> NDArray[Any]:
-        return np.asarray(np.broadcast_to(stat, found.mean.shape).reshape(lengths).transpose(back))
+    def logical(stat: NDArray[Any]) -> NDArray[Any]:
+        return stat.reshape(lengths).transpose(back)
 
     return Moments(found.count, logical(found.mean), logical(found.m2), logical(found.residual))
 

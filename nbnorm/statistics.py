@@ -61,7 +61,10 @@ class Moments:
             raise ValueError(f"mean and m2 must have one shape; got {mean.shape} and {m2.shape}")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "m2", m2)
-        object.__setattr__(self, "residual", np.broadcast_to(np.asarray(self.residual, np.float64), mean.shape))
+        residual = np.asarray(self.residual, np.float64)
+        if residual.shape != mean.shape:
+            residual = np.broadcast_to(residual, mean.shape)
+        object.__setattr__(self, "residual", residual)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of both sets. Cost: a few operations per statistic.

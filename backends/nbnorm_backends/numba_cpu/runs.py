@@ -85,10 +85,13 @@ def _param_shape(x: Array, weight: Array | None, bias: Array | None) -> tuple[in
 
 def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
     """A parameter as kernels take it: float64 (g, c, 1) where it is constant along a run, else (g, 1, s)."""
-    wide = np.full(shape, absent) if param is None else param.astype(np.float64)
-    five = wide.swapaxes(3, 4) if x.shape[4] == 1 else wide
-    c = 1 if x.shape[4] == 1 else x.shape[3]
-    return np.array(np.broadcast_to(five[0, 0], (x.shape[2], c, five.shape[4])), order="C")
+    five = np.full(shape, absent) if param is None else param.astype(np.float64, order="C")
+    c = x.shape[3]
+    if x.shape[4] == 1:
+        five, c = five.swapaxes(3, 4), 1
+    full = x.shape[2], c, five.shape[4]
+    found = five[0, 0]
+    return found if found.shape == full else np.array(np.broadcast_to(found, full), order="C")
 
 
 def _five_axes(grad: Array, x: Array, param_shape: tuple[int, ...]) -> Array:
