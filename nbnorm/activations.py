@@ -42,7 +42,9 @@ def _gelu_tanh(z: Float64s) -> Float64s:
 
 def _gelu_tanh_slope(z: Float64s) -> Float64s:
     t = np.tanh(_gelu_tanh_inner(z))
-    return np.asarray(0.5 * (1 + t) + 0.5 * z * (1 - t * t) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z * z))
+    flat = 1 - t * t
+    bend = 0.5 * z * flat * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z * z)
+    return np.asarray(0.5 * (1 + t) + np.where(flat == 0, 0.0, bend))  # far out 0 * inf would be NaN
 
 
 _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {

@@ -100,7 +100,7 @@ class Backend(ABC):
         param_shape: tuple[int, ...] | None,
     ) -> tuple[Stats, Stats, View | None, View | None]:
         """(s1, s2, dweight, dbias): s1 = sum(weight*dy) and s2 = sum(weight*dy*xhat), each (n, g); dweight =
-        sum(dy*xhat) and dbias = sum(dy) over the axes where `param_shape` is 1, in float64, or None without it."""
+        sum(dy*xhat) and dbias = sum(dy) over the axes where `param_shape` is 1, in float64; both None where it is."""
 
     @abstractmethod
     def backward_apply(

@@ -40,10 +40,14 @@ class Decision:
     Attributes
     ----------
     request : Request
-    source : "backend=", "use_backend", "NBNORM_BACKEND" or "built-in order"
-    chosen : name of the backend, or None
-    rejected : (name, reason) of each backend asked before it
-    copies : what had to be copied before a backend could see it, with the reason
+    source : str
+        "backend=", "use_backend", "NBNORM_BACKEND" or "built-in order".
+    chosen : str or None
+        Name of the backend.
+    rejected : tuple of (name, reason)
+        The backends asked before it.
+    copies : tuple of str
+        What has to be copied before a backend can see it, with the reason.
     """
 
     request: Request
@@ -74,10 +78,17 @@ class BackendInfo:
 
     Attributes
     ----------
-    name, distribution, target : the entry point's name, the package that brings it, and what it points to.
-    state : "found" (not imported yet), "loaded", "broken" (it failed to load) or "refused" (its name is not usable, or
+    name : str
+        Of the entry point.
+    distribution : str
+        The package that brings it.
+    target : str
+        What the entry point names.
+    state : str
+        "found" (not imported yet), "loaded", "broken" (it failed to load) or "refused" (its name is not usable, or
         NBNORM_DISABLE_PLUGINS keeps it out).
-    reason : why it is broken or refused; "" otherwise.
+    reason : str
+        Why it is broken or refused; "" otherwise.
     """
 
     name: str
@@ -337,7 +348,8 @@ def backends() -> tuple[BackendInfo, ...]:
     Examples
     --------
     >>> import nbnorm
-    >>> sorted(info.name for info in nbnorm.backends() if info.distribution.startswith("nbnorm "))
+    >>> ours = (b for b in nbnorm.backends() if b.distribution.startswith("nbnorm "))
+    >>> sorted(backend.name for backend in ours)
     ['numba', 'numpy']
     """
     return registry.list()

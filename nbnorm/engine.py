@@ -243,8 +243,8 @@ def _no_moments(axes: Axes) -> Moments:
 class Pullback:
     """Maps the gradient of a result to the gradients of its inputs; made by `nbnorm.vjp`.
 
-    Holds references to the inputs and the statistics, and no new tensor of x's size: the inputs must not change
-    before it is called.
+    Holds references to the inputs and the statistics, and no new tensor of x's size but the copy of x that
+    `nbnorm.explain` tells of, if there is one: the inputs must not change before it is called.
     """
 
     def __init__(self, call: Call, plan: Plan, backend: Backend, saved: Saved | None) -> None:

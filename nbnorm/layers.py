@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -57,12 +57,12 @@ class _Layer(ABC):
         self.grads = {name: grad for name, grad in (("weight", found.weight), ("bias", found.bias)) if grad is not None}
         return found.x
 
-    def train(self, mode: bool = True) -> _Layer:
+    def train(self, mode: bool = True) -> Self:
         """Switch to training mode, or with False to evaluation; returns the layer."""
         self.training = bool(mode)
         return self
 
-    def eval(self) -> _Layer:
+    def eval(self) -> Self:
         """Switch to evaluation mode; returns the layer."""
         return self.train(False)
 
@@ -96,7 +96,7 @@ class _Layer(ABC):
 
 
 class BatchNorm(_Layer):
-    """Batch norm with running statistics, which `train` updates and `eval` uses.
+    """Batch norm with running statistics: training mode updates them, evaluation mode uses them.
 
     Parameters
     ----------
@@ -107,7 +107,16 @@ class BatchNorm(_Layer):
     affine : bool
         Have weight and bias.
     channel_axis : int
+        Axis of the channels.
     dtype : dtype of parameters and statistics
+
+    Attributes
+    ----------
+    weight, bias : ndarray, or None without `affine`
+    running_mean, running_var, num_batches_tracked : ndarray
+    training : bool
+    grads : dict
+        Gradients of weight and bias, as the last `backward` left them.
 
     Examples
     --------
@@ -162,14 +171,25 @@ class BatchNorm(_Layer):
 
 
 class LayerNorm(_Layer):
-    """Layer norm over the trailing axes.
+    """Layer norm over the trailing axes, with weight and bias.
 
     Parameters
     ----------
     normalized_shape : int or ints
+        Lengths of the trailing axes.
     eps : float
+        As for `layer_norm`.
     affine : bool
+        Have weight and bias.
     dtype : dtype of the parameters
+
+    Attributes
+    ----------
+    weight, bias : ndarray, or None without `affine`
+    training : bool
+        Has no effect on this norm.
+    grads : dict
+        Gradients of weight and bias, as the last `backward` left them.
 
     Examples
     --------
@@ -197,15 +217,27 @@ class LayerNorm(_Layer):
 
 
 class GroupNorm(_Layer):
-    """Group norm.
+    """Group norm with weight and bias.
 
     Parameters
     ----------
     num_groups, num_channels : int
+        The first must divide the second.
     eps : float
+        As for `group_norm`.
     affine : bool
+        Have weight and bias.
     channel_axis : int
+        Axis of the channels.
     dtype : dtype of the parameters
+
+    Attributes
+    ----------
+    weight, bias : ndarray, or None without `affine`
+    training : bool
+        Has no effect on this norm.
+    grads : dict
+        Gradients of weight and bias, as the last `backward` left them.
 
     Examples
     --------

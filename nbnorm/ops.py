@@ -73,19 +73,21 @@ def batch_norm(
     eps : float
         Added to the variance; must be positive in training.
     channel_axis : int
+        Axis of the channels; negative counts from the end.
     activation : "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh"
         Applied to the result; leaky_relu has slope 0.01 below zero.
     out : array like x
         Where to write the result; x itself, or memory apart from it.
     return_moments : bool
-        Return ``(y, Moments)`` and leave the running statistics alone, which then need not be writable.
+        Return ``(y, Moments)`` and leave the running statistics alone, which then need not be writable. In evaluation
+        the moments are None.
     backend : str or Backend
         The one backend to use; BackendError where it refuses.
 
     Returns
     -------
-    y : array of x's kind, dtype, shape and memory order
-        ``(y, Moments)`` with `return_moments`; ``(y, None)`` where given statistics normalized.
+    y : array
+        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -97,7 +99,8 @@ def batch_norm(
     Notes
     -----
     Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
-    (2015). Moves x twice and y once out of cache, x and y once each where a channel fits in it.
+    (2015). On the Numba backend x is read twice and y written once; x comes from memory
+    once where a channel fits in the cache.
 
     Examples
     --------
@@ -145,12 +148,15 @@ def instance_norm(
         of the unbiased variances, as PyTorch does; without it they normalize.
     weight, bias : arrays (C,)
     use_input_stats : bool
-    momentum, eps, channel_axis, activation, out, return_moments, backend
-        As for `batch_norm`. The moments have shape (N, C).
+    momentum, eps, channel_axis, activation, out, backend
+        As for `batch_norm`.
+    return_moments : bool
+        As for `batch_norm`; the moments have shape (N, C).
 
     Returns
     -------
-    y : array of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+    y : array
+        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -164,7 +170,8 @@ def instance_norm(
     Examples
     --------
     >>> import numpy as np, nbnorm
-    >>> nbnorm.instance_norm(np.array([[[1.0, 3.0], [10.0, 30.0]]]), eps=1e-9).round(6).tolist()
+    >>> x = np.array([[[1.0, 3.0], [10.0, 30.0]]])
+    >>> nbnorm.instance_norm(x, eps=1e-9).round(6).tolist()
     [[[-1.0, 1.0], [-1.0, 1.0]]]
     """
     operand, dtype = _check_x(x, least=3)
@@ -198,12 +205,15 @@ def group_norm(
     num_groups : int
         Must divide C.
     weight, bias : arrays (C,)
-    eps, channel_axis, activation, out, return_moments, backend
-        As for `batch_norm`. The moments have shape (N, num_groups).
+    eps, channel_axis, activation, out, backend
+        As for `batch_norm`; eps may be any finite number.
+    return_moments : bool
+        Return ``(y, Moments)``; the moments have shape (N, num_groups).
 
     Returns
     -------
-    y : array of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+    y : array
+        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -249,19 +259,22 @@ def layer_norm(
 
     Parameters
     ----------
-    x : array (..., *normalized_shape)
+    x : array of shape ``(..., *normalized_shape)``
     normalized_shape : int or ints
         Lengths of the trailing axes to normalize over. Give this or `axis`.
     weight, bias : arrays of shape normalized_shape; with `axis`, of those axes' lengths, ascending
     eps : float
     axis : int or ints
         The axes to normalize over.
-    activation, out, return_moments, backend
-        As for `batch_norm`. The moments have the shape of the axes that are kept.
+    activation, out, backend
+        As for `batch_norm`.
+    return_moments : bool
+        Return ``(y, Moments)``; the moments have the shape of the axes that are kept.
 
     Returns
     -------
-    y : array of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+    y : array
+        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -270,7 +283,8 @@ def layer_norm(
 
     Notes
     -----
-    Ba, Kiros and Hinton, "Layer Normalization" (2016). Moves x and y once each.
+    Ba, Kiros and Hinton, "Layer Normalization" (2016). On the Numba backend x comes from memory once and y goes there
+    once.
 
     Examples
     --------
@@ -301,7 +315,7 @@ def rms_norm(
 
     Parameters
     ----------
-    x : array (..., *normalized_shape)
+    x : array of shape ``(..., *normalized_shape)``
     normalized_shape, weight, axis, activation, out, backend
         As for `layer_norm`.
     eps : float
@@ -311,7 +325,8 @@ def rms_norm(
 
     Returns
     -------
-    y : array of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+    y : array
+        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -354,6 +369,7 @@ def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str |
     Raises
     ------
     ValueError, TypeError, BackendError
+        As for `batch_norm`.
 
     Examples
     --------

@@ -3,7 +3,7 @@
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances" (1979), the parallel form of Welford's method. The mean carries a residual, the part
 below float64's last place: at mean 1e8 and standard deviation 1 a float64 mean alone is known to 1e-8, and the
-product of that error with the distance of two means would cost the merged variance nine digits.
+product of that error with the distance of two means would leave the merged variance about nine digits.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from nbnorm.statistics import Float64s, Moments, from_statistics
 
 
 class Welford:
-    """Streaming mean and variance over batches of any size, exact under merging.
+    """Streaming mean and variance over batches of any size; merging loses no accuracy.
 
     Each batch's moments come from a backend (float64, shifted sums) and join by the pairwise merge.
 
