@@ -58,19 +58,20 @@ _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-def activate(name: str, z: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """The activation of z, in z's dtype; written to `out` when given, which may be z."""
+def activate(name: str, z: NDArray[Any], dtype: np.dtype[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The activation of z, in `dtype`; written to `out` when given, which may be z."""
     with np.errstate(all="ignore"):
         y = _FUNCTIONS[name][0](z.astype(np.float64))
         if out is None:
-            return np.asarray(y.astype(z.dtype, order="C"))
+            return np.asarray(y.astype(dtype, order="C"))
         out[...] = y
         return out
 
 
 def gradient(name: str, z: NDArray[Any], dy: NDArray[Any]) -> NDArray[Any]:
-    """dy times the derivative of the activation at z, in dy's dtype."""
+    """dy times the derivative of the activation at z, in z's dtype; read-only, as every dy that a backend gets."""
     with np.errstate(all="ignore"):
-        return np.asarray(
-            (dy.astype(np.float64) * _FUNCTIONS[name][1](z.astype(np.float64))).astype(dy.dtype, order="C")
-        )
+        dz = dy.astype(np.float64) * _FUNCTIONS[name][1](z.astype(np.float64))
+        found = np.asarray(dz.astype(z.dtype, order="C"))
+    found.flags.writeable = False
+    return found

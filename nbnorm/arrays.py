@@ -35,6 +35,9 @@ class NumpyArrays:
         """`result` as an array of the kind of `like`, without a copy where the kind allows it."""
         return result
 
+    def written(self, array: Array) -> None:
+        """Called after the view of an array was written to, for kinds that keep count of it."""
+
 
 class TorchTensors(NumpyArrays):
     """torch.Tensor and torch.nn.Parameter in host memory."""
@@ -42,11 +45,12 @@ class TorchTensors(NumpyArrays):
     kind = "torch"
 
     def accepts(self, cls: type) -> bool:
-        name = (cls.__module__.partition(".")[0], cls.__name__)
-        return name in (("torch", "Tensor"), ("torch", "Parameter"))
+        return any((base.__module__, base.__name__) == ("torch", "Tensor") for base in cls.__mro__)
 
     def view(self, array: Array, name: str) -> NDArray[Any]:
         torch = sys.modules["torch"]
+        if type(array) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(f"{name} must be a plain tensor; got {_describe(type(array))}, which may hold no memory")
         if array.device.type != "cpu":
             raise TypeError(f"{name} must lie in host memory; got a torch tensor on {array.device}")
         if array.layout is not torch.strided:
@@ -67,6 +71,10 @@ class TorchTensors(NumpyArrays):
         if dtype_name(result.dtype) == "bfloat16":
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(np.asarray(result))
+
+    def written(self, array: Array) -> None:
+        """Let autograd notice that a tensor it saved has changed."""
+        sys.modules["torch"].autograd.graph.increment_version(array)
 
 
 class JaxArrays(NumpyArrays):
@@ -92,7 +100,9 @@ class JaxArrays(NumpyArrays):
         return found
 
     def wrap(self, result: NDArray[Any], like: Array) -> Array:
-        return sys.modules["jax"].device_put(result, like.sharding)
+        jax = sys.modules["jax"]
+        with jax.enable_x64(bool(result.dtype.itemsize == 8)):  # else float64 would come back as float32
+            return jax.device_put(result, like.sharding)
 
 
 class DLPackArrays(NumpyArrays):

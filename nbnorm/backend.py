@@ -133,20 +133,22 @@ class Backend(ABC):
             found = self.moments(x, center=center)
             stats = found.mean if center else None, reciprocal_std(found.m2 / found.count, eps)
         mean, rstd = stats
-        y = self.apply(x, mean, rstd, weight, bias, out=out)
-        if activation is not None:
-            from nbnorm.activations import activate  # noqa: PLC0415  imports scipy.special, which few calls need
+        if activation is None:
+            return self.apply(x, mean, rstd, weight, bias, out=out), found, rstd
+        from nbnorm.activations import activate  # noqa: PLC0415  imports scipy.special, which few calls need
 
-            y = activate(activation, y, out=y)
-        return y, found, rstd
+        z = self.apply(_single(x), mean, rstd, weight, bias, out=out if x.dtype.itemsize > 2 else None)
+        return activate(activation, z, x.dtype, out=out), found, rstd
 
     def backward(self, dy: View, saved: Saved) -> Grads:
         """Gradients as five-axis views; those of weight and bias in float64, of shape `saved.param_shape`."""
         if saved.activation is not None:
             from nbnorm.activations import gradient  # noqa: PLC0415  imports scipy.special, which few calls need
 
-            z = self.apply(saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, out=None)
-            return self.backward(gradient(saved.activation, z, dy), replace(saved, activation=None))
+            x = _single(saved.x)
+            z = self.apply(x, saved.mean, saved.rstd, saved.weight, saved.bias, out=None)
+            grads = self.backward(gradient(saved.activation, z, dy), replace(saved, x=x, activation=None))
+            return grads._replace(x=grads.x.astype(dy.dtype, copy=False))
         args = dy, saved.x, saved.mean, saved.rstd, saved.weight
         if saved.fixed and saved.param_shape is None:
             return Grads(self.backward_apply(*args, None, None))
@@ -154,6 +156,15 @@ class Backend(ABC):
         k1 = None if saved.fixed or saved.mean is None else s1 / saved.count
         k2 = None if saved.fixed else s2 / saved.count
         return Grads(self.backward_apply(*args, k1, k2), dweight, dbias)
+
+
+def _single(x: View) -> View:
+    """A half type as float32, so that what stands between a norm and its activation is not rounded to half."""
+    if x.dtype.itemsize > 2:
+        return x
+    wide = x.astype(np.float32, order="C")
+    wide.flags.writeable = False
+    return wide
 
 
 def reciprocal_std(var: NDArray[np.float64], eps: float) -> NDArray[np.float64]:

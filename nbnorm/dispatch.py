@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, distributions, entry_points
+from typing import Protocol
 
 from nbnorm.backend import API_VERSION, Backend, Request
 from nbnorm.errors import BackendError
@@ -113,6 +114,7 @@ class Registry:
         self._refused: list[BackendInfo] = []
         self._loaded: dict[str, Backend | str] = {}  # the backend, or the reason why there is none
         self._loading: set[str] = set()
+        self.forked = False  # whether this process is a forked child
         self._decided: dict[tuple[tuple[str, ...], str, Request], Decision] = {}
 
     def scan(self) -> dict[str, EntryPoint]:
@@ -134,14 +136,13 @@ class Registry:
 
     def survive_fork(self) -> None:
         """Fork only while nothing loads: a child must not inherit the lock from a thread that it does not have."""
-        os.register_at_fork(
-            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._begin_child
-        )
+        hold_over_fork(self._lock)
+        os.register_at_fork(after_in_child=self._begin_child)
 
     def _begin_child(self) -> None:
         """A backend may refuse in a forked child what it took before."""
+        self.forked = True
         self._decided.clear()
-        self._lock.release()
 
     def require(self, names: Iterable[str]) -> None:
         """BackendError unless every name belongs to a backend that was found; nothing is imported."""
@@ -283,6 +284,38 @@ def _refusal(backend: Backend, request: Request) -> str | None:
     if reason is not None and not (isinstance(reason, str) and reason):
         raise TypeError(f"{type(backend).__name__}.reject must return a reason or None; got {reason!r}")
     return reason
+
+
+class Lock(Protocol):
+    """What can be held over a fork."""
+
+    def acquire(self) -> object: ...
+    def release(self) -> object: ...
+
+
+_fork_locks: list[Lock] = []
+
+
+def hold_over_fork(lock: Lock) -> None:
+    """Take this lock before every fork, after those that were registered earlier, and give it back on both sides.
+
+    One order for all: a backend that compiles while it loads takes its compiler's lock under the registry's, so a
+    forking thread that took them the other way round would wait for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        if not _fork_locks:
+            os.register_at_fork(before=_acquire_all, after_in_parent=_release_all, after_in_child=_release_all)
+        _fork_locks.append(lock)
+
+
+def _acquire_all() -> None:
+    for lock in _fork_locks:
+        lock.acquire()
+
+
+def _release_all() -> None:
+    for lock in reversed(_fork_locks):
+        lock.release()
 
 
 registry = Registry()

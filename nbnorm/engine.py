@@ -28,13 +28,19 @@ class Operand:
     def wrap(self, result: NDArray[Any]) -> Array:
         return self.adapter.wrap(result, self.given)
 
+    def write(self, value: NDArray[Any]) -> None:
+        """Write to the caller's memory, unless `value` lies there already."""
+        if value is not self.view:
+            self.view[...] = value
+        self.adapter.written(self.given)
+
 
 @dataclass(slots=True)
 class Running:
-    """Running statistics, as checked arrays of one shape."""
+    """Running statistics, checked, of one shape."""
 
-    mean: NDArray[Any]
-    var: NDArray[Any]
+    mean: Operand
+    var: Operand
     momentum: float
 
 
@@ -51,7 +57,7 @@ class Call:
     eps: float = 1e-5
     center: bool = True
     activation: str | None = None
-    fixed: tuple[NDArray[Any], NDArray[Any]] | None = None  # (mean, var) that normalize instead of x's own
+    fixed: tuple[Operand, Operand] | None = None  # (mean, var) that normalize instead of x's own
     running: Running | None = None  # updated after success
     out: Operand | None = None
     return_moments: bool = False
@@ -169,12 +175,14 @@ def _run(call: Call) -> tuple[Any, Plan, Backend, Saved | None]:
     plan = placed.plan
     backend = dispatch.select(request(call, plan), call.backend, placed.copies)
     if call.x.view.size:
-        y, found, saved, written = _forward(call, placed, backend)
+        y, found, saved = _forward(call, placed, backend)
     else:
-        y, found, saved, written = np.empty(call.x.view.shape, call.x.view.dtype), None, None, False
-    if call.out is not None and not written:
-        call.out.view[...] = y
-    result = call.x.wrap(y) if call.out is None else call.out.given
+        y, found, saved = np.empty(call.x.view.shape, call.x.view.dtype), None, None
+    if call.out is None:
+        result = call.x.wrap(y)
+    else:
+        call.out.write(y)
+        result = call.out.given
     if call.running is None and not call.return_moments:
         return result, plan, backend, saved
     batch = _no_moments(call.axes) if saved is None else None
@@ -185,8 +193,8 @@ def _run(call: Call) -> tuple[Any, Plan, Backend, Saved | None]:
     return (result, batch) if call.return_moments else result, plan, backend, saved
 
 
-def _forward(call: Call, placed: Placed, backend: Backend) -> tuple[NDArray[Any], Moments | None, Saved, bool]:
-    """y in the caller's shape, the moments on (n, g), the Saved, and whether y lies in the caller's `out` already."""
+def _forward(call: Call, placed: Placed, backend: Backend) -> tuple[NDArray[Any], Moments | None, Saved]:
+    """y in the caller's shape (the view of `out` itself, where the backend wrote there), the moments, the Saved."""
     axes, plan = call.axes, placed.plan
     weight = None if call.weight is None else view_param(call.weight.view, axes, plan)
     bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
@@ -199,14 +207,16 @@ def _forward(call: Call, placed: Placed, backend: Backend) -> tuple[NDArray[Any]
     mean = stats[0] if stats is not None else found.mean if found is not None and call.center else None
     param_shape = plan.param_shape if _has_params(call) else None
     saved = Saved(x, mean, rstd, weight, param_shape, stats is not None, bias, call.activation)
-    return from_five_axes(y, call, plan), found, saved, out is not None
+    if out is not None and call.out is not None and y is out:
+        return call.out.view, found, saved
+    return from_five_axes(y, call, plan), found, saved
 
 
 def _commit(running: Running, batch: Moments) -> None:
     """Both new values first, then both writes: an error leaves the running statistics as they were."""
-    mean, var = batch.blend(running.mean, running.var, running.momentum)
-    running.mean[...] = mean
-    running.var[...] = var
+    mean, var = batch.blend(running.mean.view, running.var.view, running.momentum)
+    running.mean.write(mean)
+    running.var.write(var)
 
 
 def _has_params(call: Call) -> bool:
@@ -214,14 +224,15 @@ def _has_params(call: Call) -> bool:
 
 
 def _fixed_stats(call: Call, plan: Plan) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The given per-channel statistics on (n, g); channels lie on g, and every sample has the same."""
+    """The given per-channel statistics on (n, g); channels lie on g, and every sample has the same.
+
+    Copies: a later call may update the running statistics before the pullback of this one runs.
+    """
     assert call.fixed is not None
-    mean, var = (np.asarray(stat, np.float64).reshape(1, -1) for stat in call.fixed)
+    mean, var = (stat.view.astype(np.float64).reshape(1, -1) for stat in call.fixed)
     shape = plan.layout.n, plan.layout.g
-    return (
-        np.ascontiguousarray(np.broadcast_to(mean, shape)),
-        np.ascontiguousarray(np.broadcast_to(reciprocal_std(var, call.eps), shape)),
-    )
+    rstd = reciprocal_std(var, call.eps)
+    return np.array(np.broadcast_to(mean, shape), order="C"), np.array(np.broadcast_to(rstd, shape), order="C")
 
 
 def _logical_moments(found: Moments, axes: Axes, plan: Plan) -> Moments:

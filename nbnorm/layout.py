@@ -142,7 +142,7 @@ def _slots(roles: list[tuple[bool, bool]]) -> list[int] | None:
     for i, (kept, param) in enumerate(roles):
         if kept:
             slot = N if i == 0 and not param else G
-        elif i < last_kept:
+        elif i < last_kept or (not param and any(carries for _, carries in roles[i + 1 :])):
             slot = R
         else:
             slot = C if param else S

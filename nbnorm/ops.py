@@ -31,6 +31,7 @@ def _op(prepare: Callable[P, Call]) -> Callable[P, Any]:
     def run(*args: P.args, **kwargs: P.kwargs) -> Any:
         return engine.forward(prepare(*args, **kwargs))
 
+    run.__annotations__ = {**prepare.__annotations__, "return": "Array | tuple[Array, Moments]"}
     run.__signature__ = inspect.signature(prepare).replace(return_annotation="Array | tuple[Array, Moments]")  # type: ignore[attr-defined]
     _prepare[run] = prepare
     return run
@@ -453,7 +454,7 @@ def _prepared(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Call:
-    prepare = preparations.get(op)
+    prepare = preparations.get(op) if callable(op) else None
     if prepare is None:
         known = ", ".join(f"nbnorm.{run.__name__}" for run in preparations)
         raise TypeError(f"op must be one of {known}; got {op!r}")
@@ -545,10 +546,13 @@ def _check_statistics(
     if (mean is None) != (var is None):
         missing = "running_mean" if mean is None else "running_var"
         raise ValueError(f"running_mean and running_var must be given together; {missing} is missing")
+    if not isinstance(use_batch, bool | np.bool_):
+        raise TypeError(f"{switch} must be True or False; got {use_batch!r}")
     weight_of_new = _check_number("momentum", momentum)
     statistics = None
     if mean is not None:
         statistics = _check_running(call, mean, "running_mean"), _check_running(call, var, "running_var")
+        _check_apart(call, statistics)
     if not use_batch:
         if statistics is None:
             raise ValueError(f"{call.op} without {switch}=True needs running_mean and running_var; got none")
@@ -566,8 +570,8 @@ def _check_statistics(
         call.running = Running(*statistics, weight_of_new)
 
 
-def _check_running(call: Call, array: Array, name: str) -> NDArray[Any]:
-    _, view, dtype = float_view(array, name)
+def _check_running(call: Call, array: Array, name: str) -> Operand:
+    adapter, view, dtype = float_view(array, name)
     shape = _param_shape(call)
     if view.shape != shape:
         raise ValueError(
@@ -575,20 +579,28 @@ def _check_running(call: Call, array: Array, name: str) -> NDArray[Any]:
         )
     if dtype not in (call.dtype, "float32", "float64"):
         raise TypeError(f"{name} must be of dtype {call.dtype}, float32 or float64; got {dtype}")
-    return view
+    return Operand(array, adapter, view)
 
 
-def _check_writable(call: Call, statistics: tuple[NDArray[Any], NDArray[Any]]) -> None:
-    for view, name in zip(statistics, ("running_mean", "running_var"), strict=True):
+def _check_writable(call: Call, statistics: tuple[Operand, Operand]) -> None:
+    mean, var = (statistic.view for statistic in statistics)
+    for view, name in ((mean, "running_mean"), (var, "running_var")):
         if not view.flags.writeable:
             raise TypeError(
                 f"{name} cannot be written in place: pass return_moments=True and keep the arrays that "
                 "moments.update(running_mean, running_var, momentum) returns"
             )
-        if call.out is not None and _overlap(view, call.out.view):
+        for other, others_name in ((call.x, "x"), (call.weight, "weight"), (call.bias, "bias")):
+            if other is not None and _overlap(view, other.view):
+                raise ValueError(f"{name} must not overlap {others_name} when it is to be updated")
+    if _overlap(mean, var):
+        raise ValueError("running_mean and running_var must not overlap when they are to be updated")
+
+
+def _check_apart(call: Call, statistics: tuple[Operand, Operand]) -> None:
+    for statistic, name in zip(statistics, ("running_mean", "running_var"), strict=True):
+        if call.out is not None and _overlap(statistic.view, call.out.view):
             raise ValueError(f"out must not overlap {name}")
-    if _overlap(*statistics):
-        raise ValueError("running_mean and running_var must not overlap")
 
 
 def _check_number(name: str, value: Any) -> float:

@@ -7,6 +7,7 @@ backend. Run it from a plugin's own tests: ``nbnorm.testing.check_backend(MyBack
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.arrays import HALF, bfloat16
-from nbnorm.backend import Backend, Grads, Request, Saved
+from nbnorm.backend import ACTIVATIONS, Backend, Grads, Request, Saved
 
 View = NDArray[Any]
 Wide = np.longdouble
@@ -32,7 +33,7 @@ class Case:
     op: str
     shape: tuple[int, int, int, int, int]
     params: str
-    strided: bool = False
+    strided: int = 1  # step along the outermost axis that is not 1
 
     @property
     def param_shape(self) -> tuple[int, ...]:
@@ -51,17 +52,18 @@ CASES = (
     Case("batch, large, channels last", "batch_norm", (1, 1501, 97, 1, 1), "g"),
     Case("batch, wide", "batch_norm", (1, 3, 2500, 1, 1), "g"),
     Case("batch, prime rows", "batch_norm", (1, 101, 3, 1, 1), "g"),
-    Case("batch, strided", "batch_norm", (1, 6, 4, 1, 5), "g", strided=True),
+    Case("batch, strided", "batch_norm", (1, 6, 4, 1, 5), "g", strided=2),
     Case("instance, channels first", "instance_norm", (3, 1, 4, 1, 9), "g"),
     Case("instance, channels last", "instance_norm", (3, 9, 4, 1, 1), "g"),
     Case("group, channels first", "group_norm", (3, 1, 2, 3, 7), "gc"),
     Case("group, channels last", "group_norm", (3, 8, 2, 3, 1), "gc"),
-    Case("group, channels last, strided", "group_norm", (3, 8, 2, 3, 1), "gc", strided=True),
+    Case("group, channels last, strided", "group_norm", (3, 8, 2, 3, 1), "gc", strided=2),
     Case("group, no space", "group_norm", (5, 1, 3, 4, 1), "gc"),
     Case("layer", "layer_norm", (6, 1, 1, 11, 1), "c"),
     Case("layer, one row", "layer_norm", (1, 1, 1, 13, 1), "c"),
     Case("layer, large", "layer_norm", (300, 1, 1, 513, 1), "c"),
-    Case("layer, strided", "layer_norm", (6, 1, 1, 11, 1), "c", strided=True),
+    Case("layer, strided", "layer_norm", (6, 1, 1, 11, 1), "c", strided=2),
+    Case("layer, backwards", "layer_norm", (6, 1, 1, 11, 1), "c", strided=-1),
     Case("layer over an outer axis", "layer_norm", (3, 5, 4, 1, 1), "r"),
     Case("layer over an outer axis, large", "layer_norm", (3, 37, 1201, 1, 1), "r"),
     Case("layer over both sides", "layer_norm", (1, 5, 4, 3, 1), "rc"),
@@ -100,7 +102,7 @@ def check_backend(backend: Backend, *, dtypes: tuple[str, ...] = ("float32", "fl
     >>> from nbnorm_backends.numpy_ref import NumpyBackend
     >>> report = check_backend(NumpyBackend(), dtypes=("float32",))
     >>> report.checked, report.refused
-    (42, ())
+    (44, ())
     """
     checked, refused = 0, []
     for case, dtype, center in itertools.product(CASES, dtypes, (True, False)):
@@ -111,7 +113,7 @@ def check_backend(backend: Backend, *, dtypes: tuple[str, ...] = ("float32", "fl
             assert reason, f"{label}: refused without a reason"
             refused.append((label, reason))
             continue
-        for check in (_check_forward, _check_backward, _check_hard_values):
+        for check in (_check_forward, _check_backward, _check_activation, _check_hard_values):
             check(backend, case, dtype, center, label)
         checked += 1
     assert checked, f"{backend.name} refuses everything: {refused[0][1] if refused else 'no dtypes given'}"
@@ -173,6 +175,9 @@ def _check_forward(backend: Backend, case: Case, dtype: str, center: bool, label
         _result(y, expected, x, dtype, f"{label}: forward")
         assert batch is not None, f"{label}: forward gave no moments"
         _close(root, rstd, "float64", f"{label}: forward, rstd")
+        out = np.full(x.shape, 7, x.dtype)
+        backend.forward(x, w, b, eps, center=center, out=out)
+        _result(out, expected, x, dtype, f"{label}: forward, out")
         given = (found.mean if center else None, root)
         y, batch, _ = backend.forward(x, w, b, eps, center=center, stats=given)
         _result(y, expected, x, dtype, f"{label}: forward with given statistics")
@@ -216,6 +221,52 @@ def _check_backward(backend: Backend, case: Case, dtype: str, center: bool, labe
         _result(backend.backward_apply(dy, x, *statistics, w, *ks), dx, x, dtype, f"{label}: backward_apply")
 
 
+def _check_activation(backend: Backend, case: Case, dtype: str, center: bool, label: str) -> None:
+    """One activation, which one depends on the case, on top of the backend's own norm and gradient; and with a half
+    type, parameters in float32."""
+    x, weight, bias, dy = _data(case, dtype)
+    if dtype in HALF:
+        weight, bias = weight.astype(np.float32), bias.astype(np.float32)
+    name = ACTIVATIONS[sum(case.name.encode()) % len(ACTIVATIONS)]
+    reason = backend.reject(case.request(dtype, center, backend.device)._replace(activation=name))
+    if reason is not None:
+        return
+    mean, m2 = _reference_moments(x, center)
+    rstd = 1 / np.sqrt(m2 / _count(x) + 1e-3)
+    z = _reference_xhat(x, mean, rstd) * _spread(weight, x, 1.0) + _spread(bias, x, 0.0)
+    expected, slope = _reference_activation(name, z)
+    y, _, root = backend.forward(x, weight, bias, 1e-3, center=center, activation=name)
+    _result(y, expected, x, dtype, f"{label}: forward, {name}")
+    statistics = np.asarray(mean, np.float64) if center else None, root
+    saved = Saved(x, *statistics, weight, case.param_shape, True, bias, name)
+    found = backend.backward(dy, saved)
+    dz = dy.astype(Wide) * slope
+    _result(
+        found.x, dz * _spread(weight, x, 1.0) * rstd[:, None, :, None, None], x, dtype, f"{label}: backward, {name}"
+    )
+    shared = tuple(axis for axis, n in enumerate(case.param_shape) if n == 1)
+    dbias = dz.sum(axis=shared, keepdims=True)
+    single = "float32" if dtype in HALF else dtype
+    _close(found.bias, dbias, single, f"{label}: backward, {name}, dbias", scale=float(np.abs(dbias).max()) + 1)
+
+
+def _reference_activation(name: str, z: Any) -> tuple[Any, Any]:
+    """The activation and its derivative, from the definitions; erf by the standard library."""
+    bell = np.exp(-z * z / 2) / np.sqrt(2 * Wide(np.pi))
+    area = np.vectorize(lambda value: 0.5 * math.erfc(-value / math.sqrt(2)), otypes=[float])(z.astype(float))
+    sigmoid, k = 1 / (1 + np.exp(-z)), np.sqrt(2 / Wide(np.pi))
+    t = np.tanh(k * (z + 0.044715 * z**3))
+    return {
+        "relu": (np.where(z > 0, z, 0), np.where(z > 0, 1, 0)),
+        "leaky_relu": (np.where(z > 0, z, 0.01 * z), np.where(z > 0, 1, 0.01)),
+        "silu": (z * sigmoid, sigmoid + z * sigmoid * (1 - sigmoid)),
+        "gelu": (z * area, area + z * bell),
+        "gelu_tanh": (z * (1 + t) / 2, (1 + t) / 2 + z * (1 - t * t) / 2 * k * (1 + 0.134145 * z * z)),
+        "sigmoid": (sigmoid, sigmoid * (1 - sigmoid)),
+        "tanh": (np.tanh(z), 1 - np.tanh(z) ** 2),
+    }[name]
+
+
 def _check_hard_values(backend: Backend, case: Case, dtype: str, center: bool, label: str) -> None:
     """Constant groups, far offsets, an outlier in first place, and values that are not finite."""
     x, _, bias, _ = _data(case, dtype)
@@ -249,11 +300,11 @@ def _data(case: Case, dtype: str) -> tuple[View, View, View, View]:
     rng = np.random.default_rng(20)
     kind = bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
     n, r, *rest = case.shape
-    step = 2 if case.strided else 1
+    step, many = case.strided, abs(case.strided)
     if r == 1:
-        x = (rng.standard_normal((n * step, r, *rest)) * 2 + 1).astype(kind)[::step]
+        x = (rng.standard_normal((n * many, r, *rest)) * 2 + 1).astype(kind)[::step]
     else:
-        x = (rng.standard_normal((n, r * step, *rest)) * 2 + 1).astype(kind)[:, ::step]
+        x = (rng.standard_normal((n, r * many, *rest)) * 2 + 1).astype(kind)[:, ::step]
     weight, bias = (rng.standard_normal(case.param_shape).astype(kind) for _ in range(2))
     return _frozen(x), weight, bias, _frozen(rng.standard_normal(case.shape).astype(kind))
 

@@ -130,6 +130,29 @@ def test_torch_out_and_mixed_kinds(torch: Any, x: Any, backend: str) -> None:
     assert isinstance(grads.weight, np.ndarray)
 
 
+def test_torch_autograd_notices_what_was_written(torch: Any) -> None:
+    """A tensor that autograd saved and nbnorm then wrote to must not give a wrong gradient in silence."""
+    for write in (
+        lambda saved: nbnorm.layer_norm(saved, 5, out=saved),
+        lambda saved: nbnorm.batch_norm(torch.randn(6, 5), saved[0], torch.ones(5), training=True),
+    ):
+        leaf = torch.randn(4, 5, requires_grad=True)
+        saved = leaf.exp()
+        with torch.no_grad():
+            write(saved)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.sum().backward()
+
+
+def test_torch_subclasses_are_refused(torch: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.empty(2, 3)
+        with pytest.raises(TypeError, match=r"x must be a plain tensor; got .*FakeTensor"):
+            nbnorm.layer_norm(fake, 3)
+
+
 # ---- JAX -------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +171,12 @@ def test_jax(jax: Any, x: Any, dtype: str, backend: str) -> None:
         assert result.dtype == array.dtype
     bound = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     np.testing.assert_allclose(np.asarray(y, "f8"), expected_norm(np.asarray(array)), atol=bound)
+
+
+def test_jax_float64(jax: Any, x: Any) -> None:
+    with jax.enable_x64(True):
+        array = jax.numpy.asarray(x, "float64")
+    assert nbnorm.layer_norm(array, 6).dtype == np.float64
 
 
 def test_jax_is_not_copied_in(jax: Any, x: Any) -> None:

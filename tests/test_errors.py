@@ -95,6 +95,16 @@ CASES = [
         "without use_input_stats=True needs running_mean",
     ),
     case("same running", lambda: bn(C6, C6), ValueError, "running_mean and running_var must not overlap"),
+    case("weight is mean", lambda: bn(C6, C6 + 1, C6), ValueError, "running_mean must not overlap weight"),
+    case("bias is var", lambda: bn(C6 + 1, C6, None, C6), ValueError, "running_var must not overlap bias"),
+    case("training a number", lambda: bn(training=0.1), TypeError, "training must be True or False; got 0.1"),
+    case(
+        "use_input_stats a number",
+        lambda: nbnorm.instance_norm(X, use_input_stats=1),
+        TypeError,
+        "use_input_stats must be True or False; got 1",
+    ),
+    case("unhashable op", lambda: nbnorm.vjp([], X), TypeError, r"op must be one of .*; got \[\]"),
     case(
         "one value", lambda: bn(x=X[:1, :, :1]), ValueError, r"x must have more than 1 value per channel.*\(1, 6, 1\)"
     ),

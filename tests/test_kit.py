@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,6 @@ class SpreadsNan(NumpyBackend):
 
 class TreatsFixedAsBatch(NumpyBackend):
     def backward(self, dy: Any, saved: Any) -> Grads:
-        from dataclasses import replace
-
         return super().backward(dy, replace(saved, fixed=False))
 
 
@@ -81,6 +80,26 @@ class SwapsParameterGradients(NumpyBackend):
     def backward_sums(self, *args: Any) -> Any:
         s1, s2, dweight, dbias = super().backward_sums(*args)
         return s1, s2, dbias, dweight
+
+
+class IgnoresActivation(NumpyBackend):
+    def forward(self, *args: Any, activation: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class IgnoresActivationBackward(NumpyBackend):
+    def backward(self, dy: Any, saved: Any) -> Grads:
+        return super().backward(dy, replace(saved, activation=None))
+
+
+class ForwardIgnoresOutWithoutWeight(NumpyBackend):
+    def forward(self, x: Any, weight: Any, *args: Any, out: Any = None, **kwargs: Any) -> Any:
+        return super().forward(x, weight, *args, out=None if weight is None else out, **kwargs)
+
+
+class FailsBackwards(NumpyBackend):
+    def apply(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().apply(x if min(x.strides) >= 0 else np.abs(x), *args, **kwargs)
 
 
 class RefusesInSilence(NumpyBackend):
@@ -100,12 +119,16 @@ class RefusesAll(NumpyBackend):
         (WrongCount, "moments, count 41 is not 40"),
         (NaiveVariance, "m2|offset: off by|constant group"),
         (ForgetsBias, "forward: off by"),
-        (IgnoresOut, "apply did not write to out"),
+        (IgnoresOut, "forward, out: off by"),
         (WrongDtype, "dtype float64 is not float32"),
         (SpreadsNan, "a NaN changed another group"),
         (TreatsFixedAsBatch, "backward: off by"),
         (ForgetsWeightInSums, "backward: off by"),
         (SwapsParameterGradients, "dweight: off by"),
+        (IgnoresActivation, "forward, .*: off by"),
+        (IgnoresActivationBackward, "backward, .*: off by"),
+        (ForwardIgnoresOutWithoutWeight, "forward, out: off by"),
+        (FailsBackwards, "layer, backwards"),
         (RefusesInSilence, "refused without a reason"),
         (RefusesAll, "numpy refuses everything: not today"),
     ],

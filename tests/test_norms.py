@@ -70,6 +70,7 @@ NORMS = [
     group("group NHWC", (3, 4, 5, 6), 2, -1),
     group("group 2-D", (4, 6), 2),
     group("group, one group", (3, 4, 5), 1),
+    group("group NHWC, one group", (3, 4, 5, 6), 1, -1),
     group("group, one channel each", (3, 4, 5), 4),
     instance("instance NCHW", (3, 4, 5, 6)),
     instance("instance NHWC", (3, 5, 6, 4), 3),
@@ -443,3 +444,57 @@ def test_inputs_are_not_written(backend: str) -> None:
         before = [a.tobytes() for a in arrays]
         check(case, dtype, *arrays, backend)
         assert [a.tobytes() for a in arrays] == before, case.name
+
+
+def test_every_shape_has_a_view() -> None:
+    """Axes of length 0, 1 and 2 in every place, for every op: a view is found, and the call runs."""
+    calls = 0
+    for ndim in (1, 2, 3, 4):
+        for shape in itertools.product((0, 1, 2), repeat=ndim):
+            x = np.ones(shape, "f4")
+            for axis in range(ndim):
+                nbnorm.layer_norm(x, axis=axis, weight=np.ones(shape[axis], "f4"), backend="numpy")
+                nbnorm.moments(x, axis=axis, backend="numpy")
+                stats = np.zeros(shape[axis], "f4"), np.ones(shape[axis], "f4")
+                if ndim > 1:
+                    nbnorm.batch_norm(x, *stats, channel_axis=axis, backend="numpy")
+                if ndim > 1 and axis:
+                    for groups in (1, 2):
+                        if shape[axis] % groups == 0:
+                            y = nbnorm.group_norm(x, groups, stats[0], channel_axis=axis, backend="numpy")
+                            assert y.shape == shape
+                if ndim > 2 and axis:
+                    nbnorm.instance_norm(x, *stats, use_input_stats=False, channel_axis=axis, backend="numpy")
+                calls += 1
+    assert calls == 3 + 2 * 9 + 3 * 27 + 4 * 81
+
+
+def test_one_group_channels_last_in_memory_is_not_copied() -> None:
+    x = np.ascontiguousarray(np.ones((2, 4, 5, 3), "f4")).transpose(0, 3, 1, 2)
+    assert nbnorm.explain(nbnorm.group_norm, x, 1).copies == ()
+    assert nbnorm.group_norm(x, 1).strides == x.strides
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_of_an_eval_call_are_its_own(dtype: str, backend: str) -> None:
+    """A training call between an eval call and its pullback changes the running statistics, not the gradient."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 8, 3, 5)).astype(dtype)
+    mean, var = np.zeros(3, dtype), np.ones(3, dtype)
+    _, pullback = nbnorm.vjp(nbnorm.batch_norm, x, mean, var, weight=np.ones(3, dtype), backend=backend)
+    before = pullback(dy)
+    nbnorm.batch_norm(x * 3 + 7, mean, var, training=True, backend=backend)
+    after = pullback(dy)
+    np.testing.assert_array_equal(after.x, before.x)
+    np.testing.assert_array_equal(after.weight, before.weight)
+
+
+def test_out_is_written_whatever_the_backend_does() -> None:
+    from nbnorm_backends.numpy_ref import NumpyBackend
+
+    class IgnoresOut(NumpyBackend):
+        def apply(self, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, *, out: Any) -> Any:
+            return super().apply(x, mean, rstd, weight, bias, out=None)
+
+    x, out = np.array([[1.0, 3.0]]), np.zeros((1, 2))
+    assert nbnorm.layer_norm(x, 2, eps=1e-12, out=out, backend=IgnoresOut()) is out
+    np.testing.assert_allclose(out, [[-1, 1]])

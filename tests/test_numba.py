@@ -84,6 +84,70 @@ def test_rows_do_not_depend_on_their_batch() -> None:
         np.testing.assert_array_equal(nbnorm.layer_norm(x[rows], 513, weight, backend="numba"), whole[rows])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_samples_do_not_depend_on_their_batch(dtype: str) -> None:
+    """Channels last too, where a sample is cut into row blocks: their size must not follow from the batch."""
+    x = RNG.normal(size=(16, 70, 70, 32)).astype(dtype)
+    small = RNG.normal(size=(500, 3, 8)).astype(dtype)
+    for op, array, call in (
+        (nbnorm.group_norm, x, {"num_groups": 4, "channel_axis": -1}),
+        (nbnorm.instance_norm, x, {"channel_axis": -1}),
+        (nbnorm.layer_norm, x, {"axis": (1, 2)}),
+        (nbnorm.layer_norm, small, {"axis": 1}),
+    ):
+        whole, moments = op(array, backend="numba", return_moments=True, **call)
+        for part in (slice(0, 1), slice(3, 5), slice(2, 15)):
+            y, own = op(array[part], backend="numba", return_moments=True, **call)
+            np.testing.assert_array_equal(y, whole[part])
+            np.testing.assert_array_equal(own.m2, moments.m2[part])
+
+
+def test_memory_stays_small() -> None:
+    """Beyond inputs and outputs, less than half of x: long rows whose weight is as long share few partial sums."""
+    import tracemalloc
+
+    x, dy = RNG.normal(size=(2, 32, 60_000)).astype("f4")
+    weight = np.ones(60_000, "f4")
+    _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 60_000, weight, backend="numba")
+    pullback(dy)
+    tracemalloc.start()
+    grads = pullback(dy)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - grads.x.nbytes < 0.75 * x.nbytes
+
+
+def test_an_interrupted_call_leaves_nobody_at_work() -> None:
+    """KeyboardInterrupt reaches the caller only when no helper touches the arrays any more; nothing hangs."""
+    printed = fresh_process(
+        """
+        import _thread, time
+        from nbnorm_backends.numba_cpu.pool import Pool
+        pool, left = Pool(4), []
+        def kernel(chunk, state):
+            time.sleep(0.0005)
+            if state["over"]:
+                left.append(chunk)
+        interrupted = 0
+        for attempt in range(150):
+            state = {"over": False}
+            timer = threading.Timer(0.0001 + 0.00005 * (attempt % 60), _thread.interrupt_main)
+            try:
+                timer.start()
+                pool.run(kernel, 16, (state,), parallel=True)
+                timer.join()
+                time.sleep(0.001)
+            except KeyboardInterrupt:
+                interrupted += 1
+            state["over"] = True
+            timer.join()
+        pool.run(kernel, 16, ({"over": False},), parallel=True)
+        print(interrupted > 20, left)
+        """
+    )
+    assert printed == "True []"
+
+
 def test_many_threads_call_at_once() -> None:
     expected = everything(X[:2], DY[:2])
     with ThreadPoolExecutor(8) as callers:
@@ -269,6 +333,59 @@ def test_prange_is_chosen_by_the_environment_and_refused_in_a_child() -> None:
     first, second = printed.splitlines()
     assert first == "Prange omp"
     assert second.startswith("numpy NBNORM_SCHEDULER=prange: this process is a forked child")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_prange_pullback_from_before_a_fork_runs_in_the_child() -> None:
+    """Nobody asks the backend again then: it must run the chunks one by one, to the same bits."""
+    printed = fresh_process(
+        """
+        y, pullback = nbnorm.vjp(nbnorm.batch_norm, x, training=True, backend="numba")
+        expected = pullback(x).x.tobytes()
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if pullback(x).x.tobytes() == expected else 2)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        """,
+        NBNORM_SCHEDULER="prange",
+        NUMBA_THREADING_LAYER="omp",
+    )
+    assert printed == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_a_plugin_compiles_as_it_loads() -> None:
+    """The loading thread holds the registry's lock and wants the compiler's; the fork must take them in that order."""
+    printed = fresh_process(
+        """
+        import faulthandler, time, types, numba
+        from importlib.metadata import EntryPoint
+        from nbnorm_backends.numpy_ref import NumpyBackend
+        work()
+        started = threading.Event()
+        class Slow(NumpyBackend):
+            name = "slow"
+        def make():
+            started.set()
+            time.sleep(0.3)
+            numba.njit(lambda a: a + 1)(1)
+            return Slow()
+        sys.modules["slow_plugin"] = types.ModuleType("slow_plugin")
+        sys.modules["slow_plugin"].make = make
+        nbnorm.dispatch.registry.scan()["slow"] = EntryPoint("slow", "slow_plugin:make", "nbnorm.backends")
+        faulthandler.dump_traceback_later(30, exit=True)
+        thread = threading.Thread(target=lambda: nbnorm.layer_norm(x, 2, backend="slow"))
+        thread.start()
+        started.wait()
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        thread.join()
+        print("done")
+        """
+    )
+    assert printed == "done"
 
 
 def test_prange_is_refused_on_workqueue() -> None:

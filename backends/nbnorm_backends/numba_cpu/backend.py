@@ -11,6 +11,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from nbnorm.backend import Backend, Grads, Request, Saved
+from nbnorm.dispatch import hold_over_fork
 from nbnorm.statistics import Moments
 from nbnorm_backends.numba_cpu import columns, runs
 from nbnorm_backends.numba_cpu.elements import converts_float16
@@ -22,12 +23,7 @@ Array = NDArray[Any]
 
 # Numba compiles under one process-wide lock. A fork while another thread compiles leaves it locked in the child for
 # ever (6 of 6 children hung); holding it during the fork does not (0 of 6).
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
+hold_over_fork(global_compiler_lock)
 
 
 class NumbaBackend(Backend):

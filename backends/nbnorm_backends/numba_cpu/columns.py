@@ -33,10 +33,12 @@ class _Grid:
         self.k = 1 if along_r or not x.flags.c_contiguous else _fold(r, g * c)
         self.shape = n, r // self.k, self.k * g * c  # (n, rows, w)
         self.five = n, self.k, g, c, 1  # the columns' own axes
-        self.width = min(self.shape[2], TUNING.width)
-        self.rows = min(self.shape[1], max(TUNING.chunk // self.width, math.ceil(self.shape[1] * n / TUNING.shares)))
-        self.shares = math.ceil(self.shape[1] / self.rows)
-        self.tiles = math.ceil(self.shape[2] / self.width)
+        _, rows, w = self.shape
+        self.width = min(w, TUNING.width)
+        self.rows = min(rows, max(TUNING.chunk // self.width, math.ceil(rows / TUNING.shares)))  # whatever n is
+        self.samples = max(1, TUNING.chunk // (rows * w))
+        self.shares = math.ceil(rows / self.rows)
+        self.tiles = math.ceil(w / self.width)
 
     def view(self, array: Array) -> Array:
         """x, dy, y or dx as kernels take it; an empty one stays empty."""
@@ -52,8 +54,9 @@ class _Grid:
         return np.asarray(column.reshape(self.five).sum(axis=(1, 3, 4)))
 
     def run(self, kernel: Kernel, *args: Any) -> None:
-        chunks = self.shape[0] * self.shares * self.tiles
-        self._scheduler.run(kernel, chunks, (self.rows, self.width, *args), parallel=self._size > TUNING.serial)
+        chunks = math.ceil(self.shape[0] / self.samples) * self.shares * self.tiles
+        sizes = self.samples, self.rows, self.width
+        self._scheduler.run(kernel, chunks, (*sizes, *args), parallel=self._size > TUNING.serial)
 
     def partial_sums(self) -> Array:
         return np.empty((2, self.shape[0], self.shares, self.shape[2]))

@@ -224,19 +224,21 @@ def runs_backward(
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
-# A chunk is a tile: rows [r0, r1) of sample i, columns [w0, w1). `wr` and `br` hold parameters that lie along r and
-# are empty where there are none; `share` is the row block, the row of the partial sums that the chunk may write.
+# A chunk is a tile: rows [r0, r1) and columns [w0, w1) of samples [i0, i1), more than one sample where they are small.
+# `wr` and `br` hold parameters that lie along r and are empty where there are none; `share` is the row block, which is
+# the row of the partial sums that the chunk may write.
 
 
 @PLAIN
-def tile_of(chunk, rows, width, x):
-    """(i, share, r0, r1, w0, w1) of a chunk; tiles of one row block are neighbours."""
-    _, r, w = x.shape
+def tile_of(chunk, samples, rows, width, x):
+    """(i0, i1, share, r0, r1, w0, w1) of a chunk of so many samples, rows and columns."""
+    n, r, w = x.shape
     across = (w + width - 1) // width
     down = (r + rows - 1) // rows
-    tile, block = chunk % across, chunk // across
-    i, share = block // down, block % down
-    return i, share, share * rows, min((share + 1) * rows, r), tile * width, min((tile + 1) * width, w)
+    block, column = chunk // across, chunk % across
+    sample, share = block // down, block % down
+    i0, r0, w0 = sample * samples, share * rows, column * width
+    return i0, min(i0 + samples, n), share, r0, min(r0 + rows, r), w0, min(w0 + width, w)
 
 
 @PLAIN
@@ -248,14 +250,15 @@ def add_row(x, pivot, s, q):
 
 
 @PLAIN
-def columns_sums(chunk, rows, width, x, pivot, part):
+def columns_sums(chunk, samples, rows, width, x, pivot, part):
     """part (2, n, shares, w): sum(x - pivot) and sum((x - pivot)^2) down the tile's rows; pivot (n, w)."""
-    i, share, r0, r1, w0, w1 = tile_of(chunk, rows, width, x)
-    s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], pivot[i, w0:w1]
-    s[:] = 0.0
-    q[:] = 0.0
-    for k in range(r0, r1):
-        add_row(x[i, k, w0:w1], p, s, q)
+    i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    for i in range(i0, i1):
+        s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], pivot[i, w0:w1]
+        s[:] = 0.0
+        q[:] = 0.0
+        for k in range(r0, r1):
+            add_row(x[i, k, w0:w1], p, s, q)
 
 
 @PLAIN
@@ -271,14 +274,16 @@ def apply_row_scaled(x, mean, a, b, scale, shift, y):
 
 
 @PLAIN
-def columns_apply(chunk, rows, width, x, mean, a, b, wr, br, y):
+def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, y):
     """y = ((x - mean) * a + b) * wr + br; mean, a, b (n, w)."""
-    i, _, r0, r1, w0, w1 = tile_of(chunk, rows, width, x)
-    for k in range(r0, r1):
-        if wr.size:
-            apply_row_scaled(x[i, k, w0:w1], mean[i, w0:w1], a[i, w0:w1], b[i, w0:w1], wr[k], br[k], y[i, k, w0:w1])
-        else:
-            apply_row(x[i, k, w0:w1], mean[i, w0:w1], a[i, w0:w1], b[i, w0:w1], y[i, k, w0:w1])
+    i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    for i in range(i0, i1):
+        m, scale, shift = mean[i, w0:w1], a[i, w0:w1], b[i, w0:w1]
+        for k in range(r0, r1):
+            if wr.size:
+                apply_row_scaled(x[i, k, w0:w1], m, scale, shift, wr[k], br[k], y[i, k, w0:w1])
+            else:
+                apply_row(x[i, k, w0:w1], m, scale, shift, y[i, k, w0:w1])
 
 
 @PLAIN
@@ -302,20 +307,21 @@ def row_param_grads(dy, x, mean, rstd):
 
 
 @PLAIN
-def columns_backward_sums(chunk, rows, width, dy, x, mean, rstd, wr, part, dwr):
+def columns_backward_sums(chunk, samples, rows, width, dy, x, mean, rstd, wr, part, dwr):
     """part (2, n, shares, w): sum(wr * dy) and sum(wr * dy * (x - mean)) down the tile's rows; dwr (2, n, tiles, r),
     where not empty: each row's sum(dy * xhat) and sum(dy) along the tile."""
-    i, share, r0, r1, w0, w1 = tile_of(chunk, rows, width, x)
-    s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], mean[i, w0:w1]
-    s[:] = 0.0
-    q[:] = 0.0
-    for k in range(r0, r1):
-        scale = wr[k] if wr.size else 1.0
-        add_backward_row(dy[i, k, w0:w1], x[i, k, w0:w1], p, scale, s, q)
-        if dwr.size:
-            t1, t2 = row_param_grads(dy[i, k, w0:w1], x[i, k, w0:w1], p, rstd[i, w0:w1])
-            dwr[0, i, w0 // width, k] = t1
-            dwr[1, i, w0 // width, k] = t2
+    i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    for i in range(i0, i1):
+        s, q, m = part[0, i, share, w0:w1], part[1, i, share, w0:w1], mean[i, w0:w1]
+        s[:] = 0.0
+        q[:] = 0.0
+        for k in range(r0, r1):
+            scale = wr[k] if wr.size else 1.0
+            add_backward_row(dy[i, k, w0:w1], x[i, k, w0:w1], m, scale, s, q)
+            if dwr.size:
+                t1, t2 = row_param_grads(dy[i, k, w0:w1], x[i, k, w0:w1], m, rstd[i, w0:w1])
+                dwr[0, i, w0 // width, k] = t1
+                dwr[1, i, w0 // width, k] = t2
 
 
 @PLAIN
@@ -325,10 +331,11 @@ def backward_row(dy, x, mean, a, scale, k1, k2, dx):
 
 
 @PLAIN
-def columns_backward_apply(chunk, rows, width, dy, x, mean, a, k1, k2, wr, dx):
+def columns_backward_apply(chunk, samples, rows, width, dy, x, mean, a, k1, k2, wr, dx):
     """dx = dy * a * wr - (x - mean) * k2 - k1; mean, a, k1, k2 (n, w)."""
-    i, _, r0, r1, w0, w1 = tile_of(chunk, rows, width, x)
-    for k in range(r0, r1):
-        scale = wr[k] if wr.size else 1.0
-        row = dy[i, k, w0:w1], x[i, k, w0:w1]
-        backward_row(*row, mean[i, w0:w1], a[i, w0:w1], scale, k1[i, w0:w1], k2[i, w0:w1], dx[i, k, w0:w1])
+    i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    for i in range(i0, i1):
+        m, scale, c1, c2 = mean[i, w0:w1], a[i, w0:w1], k1[i, w0:w1], k2[i, w0:w1]
+        for k in range(r0, r1):
+            share = wr[k] if wr.size else 1.0
+            backward_row(dy[i, k, w0:w1], x[i, k, w0:w1], m, scale, share, c1, c2, dx[i, k, w0:w1])

@@ -18,6 +18,8 @@ import numba
 import numpy as np
 from numba import njit, prange
 
+from nbnorm.dispatch import registry
+
 Kernel = Callable[..., None]
 
 
@@ -28,37 +30,61 @@ class Scheduler(Protocol):
 
 
 class _Job:
-    """The chunks of one call. Claiming is ``next`` on one counter, which the GIL makes atomic."""
+    """The chunks of one call. Claiming is ``next`` on one counter, which the GIL makes atomic.
+
+    The caller ends the job: it waits for the helpers that have joined, not for a count of chunks, which an interrupt
+    between a claim and its kernel would leave short for ever.
+    """
 
     def __init__(self, kernel: Kernel, chunks: int, args: tuple[Any, ...]) -> None:
         self._kernel, self._chunks, self._args = kernel, chunks, args
         self._claims = itertools.count()
-        self._left = chunks
-        self._lock = threading.Lock()
-        self._finished = threading.Event()
+        self._changed = threading.Condition()
+        self._helpers = 0
+        self._closed = False
         self._error: BaseException | None = None
 
-    def work(self) -> None:
-        """Claim and run chunks until none is left; after an error the rest are only counted."""
-        done = 0
-        for chunk in self._claims:
-            if chunk >= self._chunks:
-                break
-            try:
-                if self._error is None:
-                    self._kernel(chunk, *self._args)
-            except BaseException as error:  # noqa: BLE001  whoever runs the chunk, the caller of run() shall see it
-                self._error = error
-            done += 1
-        with self._lock:
-            self._left -= done
-            if not self._left:
-                self._finished.set()
+    def help(self) -> None:
+        """Join, unless the caller has closed the job already; what a chunk raises is the caller's."""
+        with self._changed:
+            if self._closed:
+                return
+            self._helpers += 1
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  the helper must live on, and the caller shall see it
+            self._error = error
+        finally:
+            with self._changed:
+                self._helpers -= 1
+                self._changed.notify()
 
-    def wait(self) -> None:
-        self._finished.wait()
+    def run(self) -> None:
+        """Work, then wait until no helper touches the arrays any more, even when interrupted; raise what was raised."""
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  raised below, after the helpers have left
+            self._error = error
+        while True:
+            try:
+                self._close()
+                break
+            except KeyboardInterrupt as interrupt:
+                self._error = interrupt
         if self._error is not None:
             raise self._error
+
+    def _work(self) -> None:
+        """Claim and run chunks until none is left or one has failed."""
+        for chunk in self._claims:
+            if chunk >= self._chunks or self._error is not None:
+                return
+            self._kernel(chunk, *self._args)
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._helpers)
 
 
 class Pool:
@@ -85,8 +111,7 @@ class Pool:
         job = _Job(kernel, chunks, args)
         for _ in range(min(threads - 1, self._started(threads - 1))):
             self._jobs.put(job)
-        job.work()
-        job.wait()
+        job.run()
 
     def _started(self, wanted: int) -> int:
         """Helpers that run, after starting what is missing; fewer where the system gives no more threads."""
@@ -105,7 +130,7 @@ class Pool:
 def _help(jobs: queue.SimpleQueue[_Job]) -> None:
     while True:
         job = jobs.get()
-        job.work()
+        job.help()
         del job  # its arrays must not live on while this thread waits for the next
 
 
@@ -117,36 +142,34 @@ class Prange:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._pid = os.getpid()
         self._drivers: dict[Kernel, Callable[[int, tuple[Any, ...]], None]] = {}
-        self._lock = threading.Lock()
-        _two_chunks(2)  # starts the threading layer, which has no name before
-        self._layer = numba.threading_layer()
+        self._layer = ""
 
     def refusal(self) -> str | None:
         """Why prange must not run here, or None."""
+        if registry.forked:
+            return (
+                "NBNORM_SCHEDULER=prange: this process is a forked child, where a threading layer that ran in its "
+                "parent may hang or die; unset NBNORM_SCHEDULER, or start processes by spawn"
+            )
+        if not self._layer:
+            _two_chunks(2)  # starts the threading layer, which has no name before
+            self._layer = numba.threading_layer()
         if self._layer == "workqueue":
             return (
                 "NBNORM_SCHEDULER=prange: Numba's threading layer here is workqueue, which aborts the process when "
                 "two threads enter it; install tbb or OpenMP, or unset NBNORM_SCHEDULER"
             )
-        if os.getpid() != self._pid:
-            return (
-                f"NBNORM_SCHEDULER=prange: this process is a forked child, where Numba's {self._layer} layer may hang "
-                "or die; unset NBNORM_SCHEDULER, or start processes by spawn"
-            )
         return None
 
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None:
-        """Run ``kernel(chunk, *args)`` for every chunk."""
-        if not parallel or chunks == 1:
+        """Run ``kernel(chunk, *args)`` for every chunk; one by one where the call is small, or prange must not run:
+        a pullback made before a fork may be called in the child."""
+        if not parallel or chunks == 1 or self.refusal() is not None:
             for chunk in range(chunks):
                 kernel(chunk, *args)
             return
-        driver = self._drivers.get(kernel)
-        if driver is None:
-            with self._lock:
-                driver = self._drivers.setdefault(kernel, _driver(kernel))
+        driver = self._drivers.get(kernel) or self._drivers.setdefault(kernel, _driver(kernel))
         before = numba.get_num_threads()
         numba.set_num_threads(min(self.threads, numba.config.NUMBA_NUM_THREADS))
         try:

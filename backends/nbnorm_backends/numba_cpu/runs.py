@@ -55,7 +55,8 @@ def backward(
     groups = _groups_per_chunk(x)
     once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
     if param_shape is not None and not once:
-        groups = max(groups, math.ceil(stats.shape[1] / TUNING.shares))
+        most = min(TUNING.shares, max(1, x.size // (TUNING.thin * math.prod(w.shape))))
+        groups = max(groups, math.ceil(stats.shape[1] / most))
     chunks = math.ceil(stats.shape[1] / groups)
     shares = 0 if param_shape is None else 1 if once else chunks
     grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0, 0, 0))))

@@ -11,6 +11,7 @@ class Tuning:
 
     chunk: int = 65536  # least work of a chunk: claiming one costs about 5 us, computing it 30 us or more
     shares: int = 64  # most chunks that keep partial sums of their own: bounds their memory
+    thin: int = 16  # partial sums hold at most a sixteenth of x's elements, twice, in float64
     width: int = 1024  # columns of a tile: float64 sums, pivots and coefficients of a row stay in L1
     fold: int = 512  # columns that short rows are folded to, so that the inner loop fills vectors
     serial: int = 131072  # below this a hand-over to helpers (17-30 us) costs more than it gains
