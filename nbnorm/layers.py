@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.arrays import Array
+from nbnorm.arrays import DTYPES, Array, dtype_name
+from nbnorm.checks import check_index, check_number
 from nbnorm.engine import Pullback
 from nbnorm.ops import batch_norm, group_norm, layer_norm, vjp
 
@@ -28,11 +29,17 @@ class _Layer(ABC):
     """
 
     def __init__(self, shape: tuple[int, ...], affine: bool, dtype: DTypeLike) -> None:
+        if dtype_name(np.dtype(dtype)) == "":
+            raise TypeError(f"dtype must be {', '.join(DTYPES)}; got {np.dtype(dtype)}")
         self.weight = np.ones(shape, dtype) if affine else None
         self.bias = np.zeros(shape, dtype) if affine else None
         self.training = True
         self.grads: dict[str, Array] = {}
         self._pullback: Pullback | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pullback: a copy of the layer, or a pickled one, begins before its first call."""
+        return self.__dict__ | {"_pullback": None}
 
     @abstractmethod
     def _forward(self, x: Array) -> tuple[Array, Pullback]:
@@ -139,8 +146,9 @@ class BatchNorm(_Layer):
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        super().__init__((num_features,), affine, dtype)
-        self.eps, self.momentum, self.channel_axis = eps, momentum, channel_axis
+        super().__init__((check_index("num_features", num_features),), affine, dtype)
+        self.eps, self.momentum = check_number("eps", eps), check_number("momentum", momentum)
+        self.channel_axis = check_index("channel_axis", channel_axis)
         self.running_mean = np.zeros(num_features, dtype)
         self.running_var = np.ones(num_features, dtype)
         self.num_batches_tracked = np.array(0, np.int64)
@@ -206,11 +214,10 @@ class LayerNorm(_Layer):
         *,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = (
-            tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-        )
+        given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        self.normalized_shape = tuple(check_index("normalized_shape", length) for length in given)
         super().__init__(self.normalized_shape, affine, dtype)
-        self.eps = eps
+        self.eps = check_number("eps", eps)
 
     def _forward(self, x: Array) -> tuple[Array, Pullback]:
         return vjp(layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -256,8 +263,11 @@ class GroupNorm(_Layer):
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        super().__init__((num_channels,), affine, dtype)
-        self.num_groups, self.eps, self.channel_axis = num_groups, eps, channel_axis
+        self.num_groups, channels = check_index("num_groups", num_groups), check_index("num_channels", num_channels)
+        if self.num_groups < 1 or channels % self.num_groups:
+            raise ValueError(f"num_groups must divide num_channels {channels}; got {self.num_groups}")
+        super().__init__((channels,), affine, dtype)
+        self.eps, self.channel_axis = check_number("eps", eps), check_index("channel_axis", channel_axis)
 
     def _forward(self, x: Array) -> tuple[Array, Pullback]:
         return vjp(group_norm, x, self.num_groups, self.weight, self.bias, self.eps, channel_axis=self.channel_axis)

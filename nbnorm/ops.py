@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import numbers
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from nbnorm import dispatch, engine, layout
 from nbnorm.arrays import HALF, Array, float_view
 from nbnorm.backend import ACTIVATIONS, Backend
+from nbnorm.checks import check_flag, check_index, check_number
 from nbnorm.engine import Call, Operand, Pullback, Running
 from nbnorm.layout import Axes
 from nbnorm.statistics import Moments
@@ -116,7 +115,7 @@ def batch_norm(
     operand, dtype = _check_x(x, least=2)
     channel = _check_axis("channel_axis", channel_axis, operand.view)
     axes = layout.batch(operand.view.shape, channel)
-    call = Call("batch_norm", operand, dtype, axes, eps=_check_number("eps", eps))
+    call = Call("batch_norm", operand, dtype, axes, eps=check_number("eps", eps))
     _check_call(call, weight, bias, activation, out, return_moments, backend)
     _check_statistics(call, running_mean, running_var, training, momentum, "training")
     return call
@@ -178,7 +177,7 @@ def instance_norm(
     operand, dtype = _check_x(x, least=3)
     channel = _check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
     axes = layout.instance(operand.view.shape, channel)
-    call = Call("instance_norm", operand, dtype, axes, eps=_check_number("eps", eps))
+    call = Call("instance_norm", operand, dtype, axes, eps=check_number("eps", eps))
     _check_call(call, weight, bias, activation, out, return_moments, backend)
     _check_statistics(call, running_mean, running_var, use_input_stats, momentum, "use_input_stats")
     return call
@@ -234,11 +233,11 @@ def group_norm(
     operand, dtype = _check_x(x, least=2)
     shape = operand.view.shape
     channel = _check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
-    groups = _check_index("num_groups", num_groups)
+    groups = check_index("num_groups", num_groups)
     if groups < 1 or shape[channel] % groups:
         raise ValueError(f"num_groups must divide the {shape[channel]} channels of x {shape}; got {groups}")
     axes = layout.group(shape, groups, channel)
-    call = Call("group_norm", operand, dtype, axes, eps=_check_number("eps", eps))
+    call = Call("group_norm", operand, dtype, axes, eps=check_number("eps", eps))
     return _check_call(call, weight, bias, activation, out, return_moments, backend)
 
 
@@ -295,7 +294,7 @@ def layer_norm(
     """
     operand, dtype = _check_x(x, least=1)
     axes = _normalized_axes(operand.view, normalized_shape, axis)
-    call = Call("layer_norm", operand, dtype, axes, eps=_check_number("eps", eps))
+    call = Call("layer_norm", operand, dtype, axes, eps=check_number("eps", eps))
     return _check_call(call, weight, bias, activation, out, return_moments, backend)
 
 
@@ -348,7 +347,7 @@ def rms_norm(
     axes = _normalized_axes(operand.view, normalized_shape, axis)
     if eps is None:
         eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
-    call = Call("rms_norm", operand, dtype, axes, eps=_check_number("eps", eps), center=False)
+    call = Call("rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False)
     return _check_call(call, weight, None, activation, out, return_moments, backend)
 
 
@@ -483,10 +482,10 @@ def _check_call(
     """What every norm has: parameters, activation, out, return_moments, backend."""
     call.weight = _check_param(call, weight, "weight")
     call.bias = _check_param(call, bias, "bias")
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
     call.activation = activation
-    call.return_moments = bool(return_moments)
+    call.return_moments = check_flag("return_moments", return_moments)
     call.backend = _check_backend(backend)
     if out is not None:
         call.out = _check_out(call, out)
@@ -519,15 +518,29 @@ def _check_out(call: Call, out: Array) -> Operand:
         raise ValueError(f"out must have x's shape {x.shape} and dtype {x.dtype}; got {view.shape} and {view.dtype}")
     if not view.flags.writeable:
         raise ValueError("out must be writable; got a read-only array")
-    same = view.ctypes.data == x.ctypes.data and view.strides == x.strides
+    same = view.ctypes.data == x.ctypes.data and _long_strides(view) == _long_strides(x)
     if not same and _overlap(view, x):
         raise ValueError("out must be x itself or memory apart from it; got memory that overlaps x in part")
-    if any(length > 1 and not stride for length, stride in zip(view.shape, view.strides, strict=True)):
-        raise ValueError(f"out must have one element of memory per element; got strides {view.strides}")
+    _check_memory_of_its_own("out", view)
     for param, name in ((call.weight, "weight"), (call.bias, "bias")):
         if param is not None and _overlap(view, param.view):
             raise ValueError(f"out must not overlap {name}")
     return Operand(out, adapter, view)
+
+
+def _long_strides(array: NDArray[Any]) -> list[int]:
+    """Strides, without those of axes of length 1, which mean nothing."""
+    return [stride for length, stride in zip(array.shape, array.strides, strict=True) if length > 1]
+
+
+def _check_memory_of_its_own(name: str, view: NDArray[Any]) -> None:
+    """ValueError unless the strides keep all elements apart: each axis steps over all that the smaller ones reach."""
+    reach = view.itemsize
+    axes = sorted((abs(stride), length) for length, stride in zip(view.shape, view.strides, strict=True) if length > 1)
+    for stride, length in axes:
+        if stride < reach:
+            raise ValueError(f"{name} must have memory of its own for each element; got strides {view.strides}")
+        reach += stride * (length - 1)
 
 
 def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -546,9 +559,8 @@ def _check_statistics(
     if (mean is None) != (var is None):
         missing = "running_mean" if mean is None else "running_var"
         raise ValueError(f"running_mean and running_var must be given together; {missing} is missing")
-    if not isinstance(use_batch, bool | np.bool_):
-        raise TypeError(f"{switch} must be True or False; got {use_batch!r}")
-    weight_of_new = _check_number("momentum", momentum)
+    check_flag(switch, use_batch)
+    weight_of_new = check_number("momentum", momentum)
     statistics = None
     if mean is not None:
         statistics = _check_running(call, mean, "running_mean"), _check_running(call, var, "running_var")
@@ -590,6 +602,7 @@ def _check_writable(call: Call, statistics: tuple[Operand, Operand]) -> None:
                 f"{name} cannot be written in place: pass return_moments=True and keep the arrays that "
                 "moments.update(running_mean, running_var, momentum) returns"
             )
+        _check_memory_of_its_own(name, view)
         for other, others_name in ((call.x, "x"), (call.weight, "weight"), (call.bias, "bias")):
             if other is not None and _overlap(view, other.view):
                 raise ValueError(f"{name} must not overlap {others_name} when it is to be updated")
@@ -603,26 +616,8 @@ def _check_apart(call: Call, statistics: tuple[Operand, Operand]) -> None:
             raise ValueError(f"out must not overlap {name}")
 
 
-def _check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite; got {number}")
-    return number
-
-
-def _check_index(name: str, value: Any) -> int:
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer; got {value!r}") from None
-
-
 def _check_axis(name: str, value: Any, x: NDArray[Any], *, after_batch: bool = False) -> int:
-    axis = _check_index(name, value)
+    axis = check_index(name, value)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"{name} must be an axis of x {x.shape}, from {-x.ndim} to {x.ndim - 1}; got {axis}")
     axis %= x.ndim
@@ -656,7 +651,7 @@ def _normalized_axes(
     if axis is not None:
         return layout.over(x.shape, _check_axes(axis, x))
     given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-    shape = tuple(_check_index("normalized_shape", length) for length in given)
+    shape = tuple(check_index("normalized_shape", length) for length in given)
     if not shape or x.shape[max(x.ndim - len(shape), 0) :] != shape:
         raise ValueError(f"normalized_shape must be the trailing lengths of x {x.shape}; got {shape}")
     return layout.over(x.shape, tuple(range(x.ndim - len(shape), x.ndim)))

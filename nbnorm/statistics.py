@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.arrays import adapter_of
+from nbnorm.checks import check_number
 
 Float64s = NDArray[np.float64]
 
@@ -78,6 +79,8 @@ class Moments:
         -------
         Moments
         """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be Moments; got {type(other).__name__}")
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"other must have shape {self.mean.shape} as these moments have; got {other.mean.shape}")
         count = np.add(self.count, other.count)
@@ -135,6 +138,10 @@ class Moments:
         self, running_mean: NDArray[Any], running_var: NDArray[Any], momentum: float
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """`update` for NumPy arrays, in their own dtype (native byte order)."""
+        if running_mean.shape != running_var.shape:
+            shapes = f"{running_mean.shape} and {running_var.shape}"
+            raise ValueError(f"running_mean and running_var must have one shape; got {shapes}")
+        momentum = check_number("momentum", momentum)
         count = np.broadcast_to(self.count, self.mean.shape)
         unbiased = np.where(count > 1, self.var(ddof=1), 0.0)
         return (

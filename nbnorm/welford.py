@@ -67,6 +67,8 @@ class Welford:
 
     def merge(self, other: Welford) -> None:
         """Add everything that `other` has seen."""
+        if not isinstance(other, Welford):
+            raise TypeError(f"other must be a Welford; got {type(other).__name__}")
         if other._moments is not None:
             self._join(other._moments)
 

@@ -104,6 +104,13 @@ CASES = [
         TypeError,
         "use_input_stats must be True or False; got 1",
     ),
+    case("return_moments", lambda: bn(return_moments=X), TypeError, "return_moments must be True or False"),
+    case("activation array", lambda: bn(activation=X), ValueError, "activation must be one of relu"),
+    case("eps too large", lambda: bn(eps=10**400), ValueError, "eps must be finite; got inf"),
+    case("layer dtype", lambda: nbnorm.BatchNorm(4, dtype=int), TypeError, "dtype must be float32.*got int64"),
+    case("layer features", lambda: nbnorm.BatchNorm(4.0), TypeError, "num_features must be an integer; got 4.0"),
+    case("layer eps", lambda: nbnorm.LayerNorm(4, eps=NAN), ValueError, "eps must be finite"),
+    case("layer groups", lambda: nbnorm.GroupNorm(3, 4), ValueError, "num_groups must divide num_channels 4; got 3"),
     case("unhashable op", lambda: nbnorm.vjp([], X), TypeError, r"op must be one of .*; got \[\]"),
     case(
         "one value", lambda: bn(x=X[:1, :, :1]), ValueError, r"x must have more than 1 value per channel.*\(1, 6, 1\)"
@@ -231,8 +238,26 @@ def test_out_overlaps() -> None:
 
 def test_out_with_one_memory_for_many_elements() -> None:
     out = np.lib.stride_tricks.as_strided(np.zeros(30, "f4"), X.shape, (0, 20, 4), writeable=True)
-    with pytest.raises(ValueError, match="out must have one element of memory per element"):
+    with pytest.raises(ValueError, match="out must have memory of its own for each element"):
         nbnorm.layer_norm(X, 5, out=out)
+
+
+def test_written_arrays_need_memory_of_their_own() -> None:
+    """Rows that overlap each other, and one element that stands for all channels."""
+    rows = np.lib.stride_tricks.as_strided(np.zeros(100, "f4"), (4, 6), (8, 4), writeable=True)
+    with pytest.raises(ValueError, match="out must have memory of its own for each element"):
+        nbnorm.layer_norm(np.ones((4, 6), "f4"), 6, out=rows)
+    one = np.lib.stride_tricks.as_strided(np.zeros(1, "f4"), (6,), (0,), writeable=True)
+    with pytest.raises(ValueError, match="running_mean must have memory of its own for each element"):
+        nbnorm.batch_norm(X, one, C6.copy(), training=True)
+
+
+def test_in_place_whatever_the_strides_of_axes_of_one() -> None:
+    x = np.ones((1, 6, 4), "f4") * np.arange(4, dtype="f4")
+    out = np.lib.stride_tricks.as_strided(x, x.shape, (4, *x.strides[1:]), writeable=True)
+    expected = nbnorm.layer_norm(x, 4)
+    assert nbnorm.layer_norm(x, 4, out=out) is out
+    np.testing.assert_array_equal(x, expected)
 
 
 def test_dy_is_checked(backend: str) -> None:

@@ -117,6 +117,22 @@ def test_backward_before_a_call() -> None:
         nbnorm.LayerNorm(5).backward(DY)
 
 
+def test_copies_and_pickles_begin_before_the_first_call() -> None:
+    import copy
+    import pickle
+
+    layer = nbnorm.BatchNorm(4)
+    layer(X)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        np.testing.assert_array_equal(twin.running_mean, layer.running_mean)
+        with pytest.raises(RuntimeError, match="backward needs a call"):
+            twin.backward(DY)
+        twin(X)
+        assert twin.num_batches_tracked == 2
+    assert layer.num_batches_tracked == 1
+    layer.backward(DY)
+
+
 def test_without_parameters() -> None:
     layer = nbnorm.BatchNorm(4, affine=False)
     layer(X)

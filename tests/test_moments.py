@@ -157,6 +157,18 @@ def test_update_gives_new_arrays_and_knows_small_counts() -> None:
         ),
         (lambda: from_statistics([1.0], [-1.0], 3), ValueError, "var must not be negative; got -1.0"),
         (lambda: nbnorm.Welford.from_moments([1.0], [1.0, 2.0], 3), ValueError, "mean and var must have one shape"),
+        (lambda: nbnorm.Welford().merge(3), TypeError, "other must be a Welford; got int"),
+        (lambda: Moments(1, np.zeros(2), np.zeros(2)).merge(3), TypeError, "other must be Moments; got int"),
+        (
+            lambda: Moments(1, np.zeros(2), np.zeros(2)).update(np.zeros(2), np.zeros(2), np.inf),
+            ValueError,
+            "momentum must be finite",
+        ),
+        (
+            lambda: Moments(1, np.zeros(2), np.zeros(2)).update(np.array(0.0), np.zeros(2)),
+            ValueError,
+            "running_mean and running_var must have one shape",
+        ),
         (lambda: nbnorm.Welford().mean, ValueError, "no batch yet"),
         (lambda: nbnorm.Welford().update(np.array([1, 2])), TypeError, "x must be of dtype"),
     ],

@@ -63,8 +63,9 @@ class _Grid:
 
 
 def _fold(r: int, w: int) -> int:
-    """The largest divisor of r that folds rows of w elements into at most TUNING.fold columns."""
-    return max(k for k in range(1, max(TUNING.fold // w, 1) + 1) if r % k == 0)
+    """The largest divisor of r that folds rows of w elements into at most TUNING.fold columns of TUNING.depth rows."""
+    most = max(1, min(TUNING.fold // w, r // TUNING.depth))
+    return max(k for k in range(1, most + 1) if r % k == 0)
 
 
 def forward(
