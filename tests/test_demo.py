@@ -170,3 +170,11 @@ def test_picture_shows_both_curves(tmp_path: Path, epochs: int, least: int) -> N
     red, _, blue, _ = np.moveaxis(pixels[150:], -1, 0)  # below the legend
     assert (blue - red > 0.5).sum() > least
     assert (red - blue > 0.5).sum() > least
+
+
+def test_trace_around_the_demo_lists_numba_for_every_normalization() -> None:
+    with nbnorm.trace() as decisions:
+        report = training.run(epochs=1, seed=0)
+    assert {decision.chosen for decision in decisions} == {"numba"}
+    assert len(decisions) == sum(report.decisions.values())
+    assert set(report.norm_seconds) == {"numba", "numpy"}

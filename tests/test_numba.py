@@ -121,8 +121,9 @@ def test_an_interrupted_call_leaves_nobody_at_work() -> None:
     """KeyboardInterrupt reaches the caller only when no helper touches the arrays any more; nothing hangs."""
     printed = fresh_process(
         """
-        import _thread, time
+        import _thread, signal, time
         from nbnorm_backends.numba_cpu.pool import Pool
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
         pool, left = Pool(4), []
         def kernel(chunk, state):
             time.sleep(0.0005)
@@ -142,7 +143,7 @@ def test_an_interrupted_call_leaves_nobody_at_work() -> None:
             state["over"] = True
             timer.join()
         pool.run(kernel, 16, ({"over": False},), parallel=True)
-        print(interrupted > 20, left)
+        print(interrupted > 100, left)
         """
     )
     assert printed == "True []"
