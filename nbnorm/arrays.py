@@ -73,8 +73,9 @@ class TorchTensors(NumpyArrays):
         return torch.from_numpy(np.asarray(result))
 
     def written(self, array: Array) -> None:
-        """Let autograd notice that a tensor it saved has changed."""
-        sys.modules["torch"].autograd.graph.increment_version(array)
+        """Let autograd notice that a tensor it may have saved has changed; inference tensors it never saves."""
+        if not array.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(array)
 
 
 class JaxArrays(NumpyArrays):

@@ -216,7 +216,7 @@ def _installed() -> Iterable[EntryPoint]:
         for distribution in distributions():
             try:
                 found += distribution.entry_points.select(group=ENTRY_POINTS)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001  as above, and now it is known whose
                 log.warning("the entry points of %s cannot be read: %s", distribution.name, error)
         return found
 

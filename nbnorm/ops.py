@@ -655,15 +655,3 @@ def _normalized_axes(
     if not shape or x.shape[max(x.ndim - len(shape), 0) :] != shape:
         raise ValueError(f"normalized_shape must be the trailing lengths of x {x.shape}; got {shape}")
     return layout.over(x.shape, tuple(range(x.ndim - len(shape), x.ndim)))
-
-
-__all__ = [
-    "batch_norm",
-    "explain",
-    "group_norm",
-    "instance_norm",
-    "layer_norm",
-    "moments",
-    "rms_norm",
-    "vjp",
-]
