@@ -1,4 +1,4 @@
-"""Normalization for arrays of any framework: one API, pluggable backends, statistics that merge exactly."""
+"""Normalization for arrays of any framework: one API, pluggable backends, statistics that merge without loss."""
 
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads

@@ -1,7 +1,8 @@
 """Array kinds: how to see each as a NumPy array without a copy, and how to give a result back as the same kind.
 
-A new kind is one small class with `accepts`, `view` and `wrap`, added to `KINDS`. The class is found once per type
-and cached; no framework is imported, because an array of its kind can only come from a program that has it.
+A new kind is one small class with `accepts`, `view` and `wrap` (and `written`, if it counts writes), added to `KINDS`.
+The class is found once per type and cached; no framework is imported, because an array of its kind can only come from
+a program that has it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class TorchTensors(NumpyArrays):
             raise TypeError(f"{name} must lie in host memory; got a torch tensor on {array.device}")
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got layout {array.layout}")
+        if array.is_neg():
+            raise TypeError(f"{name} must hold its own values; got a lazily negated tensor: pass .resolve_neg()")
         if array.requires_grad and torch.is_grad_enabled():
             raise TypeError(
                 f"{name} requires grad, and nbnorm does not record on torch's tape: call it under torch.no_grad() "

@@ -33,6 +33,14 @@ def check_index(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer; got {value!r}") from None
 
 
+def check_length(name: str, value: Any) -> int:
+    """A length of an axis: a whole number above zero."""
+    length = check_index(name, value)
+    if length < 1:
+        raise ValueError(f"{name} must be at least 1; got {length}")
+    return length
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False, and nothing that merely counts as one: a misplaced argument would pass."""
     if not isinstance(value, bool | np.bool_):

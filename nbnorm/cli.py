@@ -110,7 +110,7 @@ def _facts() -> dict[str, str]:
         **{package: _version(package) for package in ("numpy", "numba", "scipy")},
         "processor": _processor(),
         "threads": _threads(),
-        "cache folder": os.environ.get("NBNORM_CACHE_DIR") or user_cache_dir("nbnorm"),
+        "cache folder": f"{user_cache_dir('nbnorm')} (not used yet: kernels are compiled anew in each process)",
         "dispatch": _dispatch(),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NBNORM_")},
     }

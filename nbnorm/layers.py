@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nbnorm.arrays import DTYPES, Array, dtype_name
-from nbnorm.checks import check_index, check_number
+from nbnorm.checks import check_flag, check_index, check_length, check_number
 from nbnorm.engine import Pullback
 from nbnorm.ops import batch_norm, group_norm, layer_norm, vjp
 
@@ -31,6 +31,7 @@ class _Layer(ABC):
     def __init__(self, shape: tuple[int, ...], affine: bool, dtype: DTypeLike) -> None:
         if dtype_name(np.dtype(dtype)) == "":
             raise TypeError(f"dtype must be {', '.join(DTYPES)}; got {np.dtype(dtype)}")
+        check_flag("affine", affine)
         self.weight = np.ones(shape, dtype) if affine else None
         self.bias = np.zeros(shape, dtype) if affine else None
         self.training = True
@@ -66,7 +67,7 @@ class _Layer(ABC):
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training mode, or with False to evaluation; returns the layer."""
-        self.training = bool(mode)
+        self.training = check_flag("mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -88,7 +89,11 @@ class _Layer(ABC):
         own = self._state()
         if set(own) != set(state):
             raise ValueError(f"state must have the keys {sorted(own)}; got {sorted(state)}")
-        new = {name: np.asarray(value) for name, value in state.items()}
+        new = {}
+        for name, value in state.items():
+            if isinstance(value, np.ma.MaskedArray):
+                raise ValueError(f"state[{name!r}] must be a plain array; got a masked one")
+            new[name] = np.array(value)  # a copy: the values may be this layer's own, under other names
         for name, array in own.items():
             if new[name].shape != array.shape:
                 raise ValueError(f"state[{name!r}] must have shape {array.shape}; got {new[name].shape}")
@@ -146,7 +151,7 @@ class BatchNorm(_Layer):
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        super().__init__((check_index("num_features", num_features),), affine, dtype)
+        super().__init__((check_length("num_features", num_features),), affine, dtype)
         self.eps, self.momentum = check_number("eps", eps), check_number("momentum", momentum)
         self.channel_axis = check_index("channel_axis", channel_axis)
         self.running_mean = np.zeros(num_features, dtype)
@@ -215,7 +220,9 @@ class LayerNorm(_Layer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-        self.normalized_shape = tuple(check_index("normalized_shape", length) for length in given)
+        self.normalized_shape = tuple(check_length("normalized_shape", length) for length in given)
+        if not given:
+            raise ValueError("normalized_shape must have at least one length; got none")
         super().__init__(self.normalized_shape, affine, dtype)
         self.eps = check_number("eps", eps)
 
@@ -263,8 +270,8 @@ class GroupNorm(_Layer):
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_groups, channels = check_index("num_groups", num_groups), check_index("num_channels", num_channels)
-        if self.num_groups < 1 or channels % self.num_groups:
+        self.num_groups, channels = check_length("num_groups", num_groups), check_length("num_channels", num_channels)
+        if channels % self.num_groups:
             raise ValueError(f"num_groups must divide num_channels {channels}; got {self.num_groups}")
         super().__init__((channels,), affine, dtype)
         self.eps, self.channel_axis = check_number("eps", eps), check_index("channel_axis", channel_axis)

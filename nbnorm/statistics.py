@@ -1,4 +1,4 @@
-"""Moments that merge exactly.
+"""Moments that merge to those of the whole, within rounding.
 
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances" (1979), the parallel form of Welford's method. The mean carries a residual, the part
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm.arrays import adapter_of
+from nbnorm.arrays import float_view
 from nbnorm.checks import check_number
 
 Float64s = NDArray[np.float64]
@@ -129,10 +129,10 @@ class Moments:
         -------
         (running_mean, running_var) : arrays of the kind and dtype of the inputs.
         """
-        kinds = adapter_of(running_mean, "running_mean"), adapter_of(running_var, "running_var")
-        old = kinds[0].view(running_mean, "running_mean"), kinds[1].view(running_var, "running_var")
-        new_mean, new_var = self.blend(*old, momentum)
-        return kinds[0].wrap(new_mean, running_mean), kinds[1].wrap(new_var, running_var)
+        mean_kind, mean, _ = float_view(running_mean, "running_mean")
+        var_kind, var, _ = float_view(running_var, "running_var")
+        new_mean, new_var = self.blend(mean, var, momentum)
+        return mean_kind.wrap(new_mean, running_mean), var_kind.wrap(new_var, running_var)
 
     def blend(
         self, running_mean: NDArray[Any], running_var: NDArray[Any], momentum: float
@@ -158,8 +158,9 @@ def _blend(old: NDArray[Any], new: Float64s, known: NDArray[np.bool_], momentum:
     weight = known.sum(axis=leading)
     batch = np.where(known, new, 0.0).sum(axis=leading) / np.maximum(weight, 1)
     kept = old.astype(np.float64)
-    blended = np.where(weight > 0, (1.0 - momentum) * kept + momentum * batch, kept)
-    return np.asarray(blended).astype(old.dtype.newbyteorder("="))
+    with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold becomes Inf, in silence
+        blended = np.where(weight > 0, (1.0 - momentum) * kept + momentum * batch, kept)
+        return np.asarray(blended).astype(old.dtype.newbyteorder("="))
 
 
 def _rounding_error(a: Float64s, b: Any, total: Float64s) -> Float64s:
@@ -177,4 +178,5 @@ def from_statistics(mean: Any, var: Any, count: Any) -> Moments:
         raise ValueError(f"mean and var must have one shape; got {mean64.shape} and {var64.shape}")
     if (var64 < 0).any():
         raise ValueError(f"var must not be negative; got {float(var64.min())}")
-    return Moments(counts, mean64, var64 * counts)
+    with np.errstate(invalid="ignore"):
+        return Moments(counts, mean64, var64 * counts)

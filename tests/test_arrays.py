@@ -115,6 +115,8 @@ def test_torch_elsewhere_is_refused(torch: Any) -> None:
         nbnorm.layer_norm(torch.empty(2, 3, device="meta"), 3)
     with pytest.raises(TypeError, match="x must be a dense tensor"):
         nbnorm.layer_norm(torch.eye(3).to_sparse(), 3)
+    with pytest.raises(TypeError, match="x must hold its own values; got a lazily negated tensor"):
+        nbnorm.layer_norm(torch.randn(4, 3, dtype=torch.complex64).conj().imag, 3)
     with pytest.raises(TypeError, match=r"x must be of dtype.*int64"):
         nbnorm.layer_norm(torch.ones(2, 3, dtype=torch.int64), 3)
 

@@ -86,6 +86,7 @@ def test_state_dict_goes_round_and_is_a_copy() -> None:
     [
         ({"weight": np.ones(3)}, r"state\['weight'\] must have shape \(4,\); got \(3,\)"),
         ({"running_var": np.ones(4, complex)}, r"state\['running_var'\] must cast to float32; got complex128"),
+        ({"weight": np.ma.masked_array(np.ones(4))}, r"state\['weight'\] must be a plain array; got a masked one"),
         ({"extra": np.ones(4)}, "state must have the keys"),
     ],
 )
@@ -96,6 +97,13 @@ def test_a_wrong_state_changes_nothing(change: dict[str, Any], message: str) -> 
         layer.load_state_dict(state)
     assert (layer.weight == 1).all()
     assert layer.num_batches_tracked == 0
+
+
+def test_a_state_of_the_layers_own_arrays() -> None:
+    layer = nbnorm.LayerNorm(3)
+    layer.load_state_dict({"weight": layer.bias, "bias": layer.weight})
+    assert not layer.weight.any()
+    assert layer.bias.all()
 
 
 def test_state_of_torch_layers() -> None:

@@ -157,6 +157,11 @@ def test_update_gives_new_arrays_and_knows_small_counts() -> None:
         ),
         (lambda: from_statistics([1.0], [-1.0], 3), ValueError, "var must not be negative; got -1.0"),
         (lambda: nbnorm.Welford.from_moments([1.0], [1.0, 2.0], 3), ValueError, "mean and var must have one shape"),
+        (
+            lambda: Moments(1, np.zeros(2), np.zeros(2)).update(np.zeros(2, int), np.zeros(2)),
+            TypeError,
+            "running_mean must be of dtype .*; got int64",
+        ),
         (lambda: nbnorm.Welford().merge(3), TypeError, "other must be a Welford; got int"),
         (lambda: Moments(1, np.zeros(2), np.zeros(2)).merge(3), TypeError, "other must be Moments; got int"),
         (
