@@ -14,6 +14,7 @@ from nbnorm.statistics import Moments
 
 API_VERSION = 1
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
+WHOLE_OPS = ("local_response_norm", "normalize")
 View = Any  # a five-axis array (n, r, g, c, s), native to the backend's device
 Stats = Any  # float64 (n, g); on a device, whatever its kernels keep
 
@@ -156,6 +157,32 @@ class Backend(ABC):
         k1 = None if saved.fixed or saved.mean is None else s1 / saved.count
         k2 = None if saved.fixed else s2 / saved.count
         return Grads(self.backward_apply(*args, k1, k2), dweight, dbias)
+
+    # ---- whole ops: no norm of one mean and one variance, so a backend has them or has not ------------------------
+    # Views of three axes (outer, axis, inner); x and dy read-only, of native byte order and not empty, x of any
+    # strides, dy C-contiguous. Results are C-contiguous, of x's dtype, computed in float64.
+
+    whole_ops: ClassVar[frozenset[str]] = frozenset()  # those of WHOLE_OPS that it has
+
+    def local_response_norm(
+        self, x: View, window: tuple[int, int], alpha: float, beta: float, k: float, *, out: View | None = None
+    ) -> View:
+        """y = x / (k + alpha * sum(x*x))**beta, the sum over `window` = (before, after) neighbours along the axis."""
+        raise NotImplementedError
+
+    def local_response_norm_backward(
+        self, dy: View, x: View, window: tuple[int, int], alpha: float, beta: float, k: float
+    ) -> View:
+        """dx of `local_response_norm`."""
+        raise NotImplementedError
+
+    def normalize(self, x: View, p: float, eps: float, *, out: View | None = None) -> View:
+        """y = x / max(norm, eps), with the p-norm along the axis."""
+        raise NotImplementedError
+
+    def normalize_backward(self, dy: View, x: View, p: float, eps: float) -> View:
+        """dx of `normalize`."""
+        raise NotImplementedError
 
 
 def _single(x: View) -> View:

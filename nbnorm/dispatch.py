@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Protocol
 
-from nbnorm.backend import API_VERSION, Backend, Request
+from nbnorm.backend import API_VERSION, WHOLE_OPS, Backend, Request
 from nbnorm.errors import BackendError
 
 ENTRY_POINTS = "nbnorm.backends"
@@ -280,6 +280,8 @@ def _load(point: EntryPoint) -> Backend | str:
 def _refusal(backend: Backend, request: Request) -> str | None:
     if backend.device != request.device:
         return f"runs on {backend.device}, the array lies on {request.device}"
+    if request.op in WHOLE_OPS and request.op not in backend.whole_ops:
+        return f"does not have {request.op}"
     reason = backend.reject(request)
     if reason is not None and not (isinstance(reason, str) and reason):
         raise TypeError(f"{type(backend).__name__}.reject must return a reason or None; got {reason!r}")

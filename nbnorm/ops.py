@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine, layout
-from nbnorm.arrays import HALF, Array, float_view
-from nbnorm.backend import ACTIVATIONS, Backend
-from nbnorm.checks import check_flag, check_index, check_number
-from nbnorm.engine import Call, Operand, Pullback, Running
-from nbnorm.layout import Axes
+from nbnorm.arguments import (
+    check_axes,
+    check_axis,
+    check_backend,
+    check_call,
+    check_statistics,
+    check_x,
+    normalized_axes,
+    overlap,
+)
+from nbnorm.arrays import Array
+from nbnorm.backend import Backend
+from nbnorm.checks import check_index, check_number
+from nbnorm.engine import Call, Pullback
 from nbnorm.statistics import Moments
 
 P = ParamSpec("P")
@@ -112,12 +119,12 @@ def batch_norm(
     >>> mean.tolist(), var.tolist()
     ([0.2, 2.0], [1.1, 20.9])
     """
-    operand, dtype = _check_x(x, least=2)
-    channel = _check_axis("channel_axis", channel_axis, operand.view)
+    operand, dtype = check_x(x, least=2)
+    channel = check_axis("channel_axis", channel_axis, operand.view)
     axes = layout.batch(operand.view.shape, channel)
     call = Call("batch_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    _check_call(call, weight, bias, activation, out, return_moments, backend)
-    _check_statistics(call, running_mean, running_var, training, momentum, "training")
+    check_call(call, weight, bias, activation, out, return_moments, backend)
+    check_statistics(call, running_mean, running_var, training, momentum, "training")
     return call
 
 
@@ -174,12 +181,12 @@ def instance_norm(
     >>> nbnorm.instance_norm(x, eps=1e-9).round(6).tolist()
     [[[-1.0, 1.0], [-1.0, 1.0]]]
     """
-    operand, dtype = _check_x(x, least=3)
-    channel = _check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
+    operand, dtype = check_x(x, least=3)
+    channel = check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
     axes = layout.instance(operand.view.shape, channel)
     call = Call("instance_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    _check_call(call, weight, bias, activation, out, return_moments, backend)
-    _check_statistics(call, running_mean, running_var, use_input_stats, momentum, "use_input_stats")
+    check_call(call, weight, bias, activation, out, return_moments, backend)
+    check_statistics(call, running_mean, running_var, use_input_stats, momentum, "use_input_stats")
     return call
 
 
@@ -230,15 +237,15 @@ def group_norm(
     >>> nbnorm.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=1e-9).round(6).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
-    operand, dtype = _check_x(x, least=2)
+    operand, dtype = check_x(x, least=2)
     shape = operand.view.shape
-    channel = _check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
+    channel = check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
     groups = check_index("num_groups", num_groups)
     if groups < 1 or shape[channel] % groups:
         raise ValueError(f"num_groups must divide the {shape[channel]} channels of x {shape}; got {groups}")
     axes = layout.group(shape, groups, channel)
     call = Call("group_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    return _check_call(call, weight, bias, activation, out, return_moments, backend)
+    return check_call(call, weight, bias, activation, out, return_moments, backend)
 
 
 @_op
@@ -292,10 +299,10 @@ def layer_norm(
     >>> nbnorm.layer_norm(np.array([[1.0, 3.0], [10.0, 30.0]]), 2, eps=1e-9).round(6).tolist()
     [[-1.0, 1.0], [-1.0, 1.0]]
     """
-    operand, dtype = _check_x(x, least=1)
-    axes = _normalized_axes(operand.view, normalized_shape, axis)
+    operand, dtype = check_x(x, least=1)
+    axes = normalized_axes(operand.view, normalized_shape, axis)
     call = Call("layer_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    return _check_call(call, weight, bias, activation, out, return_moments, backend)
+    return check_call(call, weight, bias, activation, out, return_moments, backend)
 
 
 @_op
@@ -343,12 +350,12 @@ def rms_norm(
     >>> nbnorm.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0).round(6).tolist()
     [[0.848528, 1.131371]]
     """
-    operand, dtype = _check_x(x, least=1)
-    axes = _normalized_axes(operand.view, normalized_shape, axis)
+    operand, dtype = check_x(x, least=1)
+    axes = normalized_axes(operand.view, normalized_shape, axis)
     if eps is None:
         eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     call = Call("rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False)
-    return _check_call(call, weight, None, activation, out, return_moments, backend)
+    return check_call(call, weight, None, activation, out, return_moments, backend)
 
 
 def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str | Backend | None = None) -> Moments:
@@ -384,10 +391,10 @@ def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str |
 def _prepare_moments(
     x: Array, axis: int | Sequence[int] | None = None, *, backend: str | Backend | None = None
 ) -> Call:
-    operand, dtype = _check_x(x, least=0)
+    operand, dtype = check_x(x, least=0)
     every = tuple(range(operand.view.ndim))
-    axes = layout.over(operand.view.shape, every if axis is None else _check_axes(axis, operand.view), params=False)
-    return Call("moments", operand, dtype, axes, backend=_check_backend(backend))
+    axes = layout.over(operand.view.shape, every if axis is None else check_axes(axis, operand.view), params=False)
+    return Call("moments", operand, dtype, axes, backend=check_backend(backend))
 
 
 def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullback]:
@@ -419,7 +426,7 @@ def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullbac
     ([-1.069, 0.0, 0.0], None)
     """
     call = _prepared(op, _prepare, args, kwargs)
-    if call.out is not None and _overlap(call.out.view, call.x.view):
+    if call.out is not None and overlap(call.out.view, call.x.view):
         raise ValueError("out must not overlap x under vjp: the gradient needs x as it was")
     return engine.vjp(call)
 
@@ -458,200 +465,3 @@ def _prepared(
         known = ", ".join(f"nbnorm.{run.__name__}" for run in preparations)
         raise TypeError(f"op must be one of {known}; got {op!r}")
     return prepare(*args, **kwargs)
-
-
-# ---- checks: each names the argument, what was expected and what came ------------------------------------------------
-
-
-def _check_x(x: Array, *, least: int) -> tuple[Operand, str]:
-    adapter, view, dtype = float_view(x, "x")
-    if view.ndim < least:
-        raise ValueError(f"x must have at least {least} axes; got shape {view.shape}")
-    return Operand(x, adapter, view), dtype
-
-
-def _check_call(
-    call: Call,
-    weight: Array | None,
-    bias: Array | None,
-    activation: str | None,
-    out: Array | None,
-    return_moments: bool,
-    backend: str | Backend | None,
-) -> Call:
-    """What every norm has: parameters, activation, out, return_moments, backend."""
-    call.weight = _check_param(call, weight, "weight")
-    call.bias = _check_param(call, bias, "bias")
-    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
-    call.activation = activation
-    call.return_moments = check_flag("return_moments", return_moments)
-    call.backend = _check_backend(backend)
-    if out is not None:
-        call.out = _check_out(call, out)
-    return call
-
-
-def _check_param(call: Call, param: Array | None, name: str) -> Operand | None:
-    if param is None:
-        return None
-    adapter, view, dtype = float_view(param, name)
-    shape = _param_shape(call)
-    if view.shape != shape:
-        raise ValueError(f"{name} must have shape {shape} for x {call.x.view.shape}; got {view.shape}")
-    if dtype != call.dtype and not (call.dtype in HALF and dtype == "float32"):
-        allowed = f"{call.dtype} or float32" if call.dtype in HALF else call.dtype
-        raise TypeError(f"{name} must be of dtype {allowed}, as x is {call.dtype}; got {dtype}")
-    return Operand(param, adapter, view)
-
-
-def _param_shape(call: Call) -> tuple[int, ...]:
-    """The caller's shape of weight and bias: groups and their channels are one axis there."""
-    shape = call.axes.param_shape
-    return (math.prod(shape),) if call.op == "group_norm" else shape
-
-
-def _check_out(call: Call, out: Array) -> Operand:
-    adapter, view, _ = float_view(out, "out")
-    x = call.x.view
-    if view.shape != x.shape or view.dtype != x.dtype:
-        raise ValueError(f"out must have x's shape {x.shape} and dtype {x.dtype}; got {view.shape} and {view.dtype}")
-    if not view.flags.writeable:
-        raise ValueError("out must be writable; got a read-only array")
-    same = view.ctypes.data == x.ctypes.data and _long_strides(view) == _long_strides(x)
-    if not same and _overlap(view, x):
-        raise ValueError("out must be x itself or memory apart from it; got memory that overlaps x in part")
-    _check_memory_of_its_own("out", view)
-    for param, name in ((call.weight, "weight"), (call.bias, "bias")):
-        if param is not None and _overlap(view, param.view):
-            raise ValueError(f"out must not overlap {name}")
-    return Operand(out, adapter, view)
-
-
-def _long_strides(array: NDArray[Any]) -> list[int]:
-    """Strides, without those of axes of length 1, which mean nothing."""
-    return [stride for length, stride in zip(array.shape, array.strides, strict=True) if length > 1]
-
-
-def _check_memory_of_its_own(name: str, view: NDArray[Any]) -> None:
-    """ValueError unless the strides keep all elements apart: each axis steps over all that the smaller ones reach."""
-    reach = view.itemsize
-    axes = sorted((abs(stride), length) for length, stride in zip(view.shape, view.strides, strict=True) if length > 1)
-    for stride, length in axes:
-        if stride < reach:
-            raise ValueError(f"{name} must have memory of its own for each element; got strides {view.strides}")
-        reach += stride * (length - 1)
-
-
-def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # NumPy's stubs know only 0 and -1
-    except np.exceptions.TooHardError:
-        return True  # undecided within the work allowed: strides as tangled as that are refused
-
-
-def _check_statistics(
-    call: Call, mean: Array | None, var: Array | None, use_batch: bool, momentum: float, switch: str
-) -> None:
-    """The statistics that normalize, and the running ones to update."""
-    if (mean is None) != (var is None):
-        missing = "running_mean" if mean is None else "running_var"
-        raise ValueError(f"running_mean and running_var must be given together; {missing} is missing")
-    check_flag(switch, use_batch)
-    weight_of_new = check_number("momentum", momentum)
-    statistics = None
-    if mean is not None:
-        statistics = _check_running(call, mean, "running_mean"), _check_running(call, var, "running_var")
-        _check_apart(call, statistics)
-    if not use_batch:
-        if statistics is None:
-            raise ValueError(f"{call.op} without {switch}=True needs running_mean and running_var; got none")
-        call.fixed = statistics
-        return
-    size, count = call.x.view.size, call.axes.count
-    if size and count == 1:
-        raise ValueError(
-            f"x must have more than 1 value per channel with {switch}=True, to have a variance; got {call.x.view.shape}"
-        )
-    if call.eps <= 0:
-        raise ValueError(f"eps must be positive with {switch}=True; got {call.eps}")
-    if statistics is not None and not call.return_moments:
-        _check_writable(call, statistics)
-        call.running = Running(*statistics, weight_of_new)
-
-
-def _check_running(call: Call, array: Array, name: str) -> Operand:
-    adapter, view, dtype = float_view(array, name)
-    shape = _param_shape(call)
-    if view.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {shape}, one value per channel of x {call.x.view.shape}; got {view.shape}"
-        )
-    if dtype not in (call.dtype, "float32", "float64"):
-        raise TypeError(f"{name} must be of dtype {call.dtype}, float32 or float64; got {dtype}")
-    return Operand(array, adapter, view)
-
-
-def _check_writable(call: Call, statistics: tuple[Operand, Operand]) -> None:
-    mean, var = (statistic.view for statistic in statistics)
-    for view, name in ((mean, "running_mean"), (var, "running_var")):
-        if not view.flags.writeable:
-            raise TypeError(
-                f"{name} cannot be written in place: pass return_moments=True and keep the arrays that "
-                "moments.update(running_mean, running_var, momentum) returns"
-            )
-        _check_memory_of_its_own(name, view)
-        for other, others_name in ((call.x, "x"), (call.weight, "weight"), (call.bias, "bias")):
-            if other is not None and _overlap(view, other.view):
-                raise ValueError(f"{name} must not overlap {others_name} when it is to be updated")
-    if _overlap(mean, var):
-        raise ValueError("running_mean and running_var must not overlap when they are to be updated")
-
-
-def _check_apart(call: Call, statistics: tuple[Operand, Operand]) -> None:
-    for statistic, name in zip(statistics, ("running_mean", "running_var"), strict=True):
-        if call.out is not None and _overlap(statistic.view, call.out.view):
-            raise ValueError(f"out must not overlap {name}")
-
-
-def _check_axis(name: str, value: Any, x: NDArray[Any], *, after_batch: bool = False) -> int:
-    axis = check_index(name, value)
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"{name} must be an axis of x {x.shape}, from {-x.ndim} to {x.ndim - 1}; got {axis}")
-    axis %= x.ndim
-    if after_batch and axis == 0:
-        raise ValueError(f"{name} must not be the batch axis 0 of x {x.shape}; got {value}")
-    return axis
-
-
-def _check_axes(value: int | Sequence[int], x: NDArray[Any]) -> tuple[int, ...]:
-    given = value if isinstance(value, Sequence) else (value,)
-    axes = tuple(sorted(_check_axis("axis", axis, x) for axis in given))
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"axis must name each axis once; got {value}")
-    if not axes:
-        raise ValueError("axis must name at least one axis; got none")
-    return axes
-
-
-def _check_backend(backend: Any) -> str | Backend | None:
-    if backend is not None and not isinstance(backend, str | Backend):
-        raise TypeError(f"backend must be a name or a Backend; got {backend!r}")
-    return backend
-
-
-def _normalized_axes(
-    x: NDArray[Any], normalized_shape: int | Sequence[int] | None, axis: int | Sequence[int] | None
-) -> Axes:
-    if (normalized_shape is None) == (axis is None):
-        came = "neither" if axis is None else "both"
-        raise ValueError(f"give one of normalized_shape and axis; got {came}")
-    if axis is not None:
-        return layout.over(x.shape, _check_axes(axis, x))
-    given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-    shape = tuple(check_index("normalized_shape", length) for length in given)
-    if not shape or x.shape[max(x.ndim - len(shape), 0) :] != shape:
-        raise ValueError(f"normalized_shape must be the trailing lengths of x {x.shape}; got {shape}")
-    return layout.over(x.shape, tuple(range(x.ndim - len(shape), x.ndim)))
