@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, ndtr
 
+from nbnorm.backend import LEAK
+
 Float64s = NDArray[np.float64]
-LEAK = 0.01  # slope of leaky_relu below zero, PyTorch's default
 
 
 def _sigmoid_slope(z: Float64s) -> Float64s:
@@ -58,20 +59,13 @@ _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-def activate(name: str, z: NDArray[Any], dtype: np.dtype[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """The activation of z, in `dtype`; written to `out` when given, which may be z."""
+def activate(name: str, z: NDArray[Any]) -> Float64s:
+    """The activation of z, computed in float64."""
     with np.errstate(all="ignore"):
-        y = _FUNCTIONS[name][0](z.astype(np.float64))
-        if out is None:
-            return np.asarray(y.astype(dtype, order="C"))
-        out[...] = y
-        return out
+        return np.asarray(_FUNCTIONS[name][0](z.astype(np.float64)))
 
 
-def gradient(name: str, z: NDArray[Any], dy: NDArray[Any]) -> NDArray[Any]:
-    """dy times the derivative of the activation at z, in z's dtype; read-only, as every dy that a backend gets."""
+def derivative(name: str, z: NDArray[Any]) -> Float64s:
+    """The derivative of the activation at z."""
     with np.errstate(all="ignore"):
-        dz = dy.astype(np.float64) * _FUNCTIONS[name][1](z.astype(np.float64))
-        found = np.asarray(dz.astype(z.dtype, order="C"))
-    found.flags.writeable = False
-    return found
+        return np.asarray(_FUNCTIONS[name][1](z.astype(np.float64)))

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import layout
-from nbnorm.arrays import HALF, Array, float_view
-from nbnorm.backend import ACTIVATIONS, Backend
+from nbnorm.arrays import HALF, Array, adapter_of, float_view
+from nbnorm.backend import ACTIVATIONS, ORDERS, Backend
 from nbnorm.checks import check_flag, check_index, check_number
 from nbnorm.engine import Call, Operand, Running
 from nbnorm.layout import Axes
@@ -31,22 +31,55 @@ def check_call(
     call: Call,
     weight: Array | None,
     bias: Array | None,
+    mask: Array | None,
     activation: str | None,
+    order: str,
+    residual: Array | None,
     out: Array | None,
     return_moments: bool,
     backend: str | Backend | None,
 ) -> Call:
-    """What every norm has: parameters, activation, out, return_moments, backend."""
+    """What every norm has: parameters, mask, activation, order, residual, out, return_moments, backend."""
     call.weight = _check_param(call, weight, "weight")
     call.bias = _check_param(call, bias, "bias")
-    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
-    call.activation = activation
+    call.mask = None if mask is None else check_mask(call.x, mask)
+    call.activation = None if activation is None else _check_choice("activation", activation, ACTIVATIONS, ", or None")
+    call.order = _check_choice("order", order, ORDERS)
+    call.residual = None if residual is None else check_like(call.x, residual, "residual")
     call.return_moments = check_flag("return_moments", return_moments)
     call.backend = check_backend(backend)
     if out is not None:
-        call.out = check_out(call.x, out, {"weight": call.weight, "bias": call.bias})
+        call.out = check_out(call.x, out, {"weight": call.weight, "bias": call.bias, "residual": call.residual})
+        if call.mask is not None and overlap(call.out.view, call.mask):
+            raise ValueError("out must not overlap mask")
     return call
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = "") -> str:
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}{more}; got {value!r}")
+    return value
+
+
+def check_mask(x: Operand, mask: Array) -> NDArray[np.bool_]:
+    """The mask with as many axes as x, each 1 or full."""
+    view = adapter_of(mask, "mask").view(mask, "mask")
+    if view.dtype != np.bool_:
+        raise TypeError(f"mask must be of dtype bool, True where an element is valid; got {view.dtype}")
+    shape = (1,) * (x.view.ndim - view.ndim) + view.shape
+    if len(shape) != x.view.ndim or any(have not in (1, n) for have, n in zip(shape, x.view.shape, strict=True)):
+        raise ValueError(f"mask must broadcast to x {x.view.shape}; got shape {view.shape}")
+    return view.reshape(shape)
+
+
+def check_like(x: Operand, array: Array, name: str) -> Operand:
+    """An array of x's shape and dtype."""
+    adapter, view, _ = float_view(array, name)
+    if view.shape != x.view.shape or view.dtype.newbyteorder("=") != x.view.dtype.newbyteorder("="):
+        raise ValueError(
+            f"{name} must have x's shape {x.view.shape} and dtype {x.view.dtype}; got {view.shape} and {view.dtype}"
+        )
+    return Operand(array, adapter, view)
 
 
 def _check_param(call: Call, param: Array | None, name: str) -> Operand | None:
@@ -130,7 +163,7 @@ def check_statistics(
         call.fixed = statistics
         return
     size, count = call.x.view.size, call.axes.count
-    if size and count == 1:
+    if size and count == 1 and call.mask is None:
         raise ValueError(
             f"x must have more than 1 value per channel with {switch}=True, to have a variance; got {call.x.view.shape}"
         )

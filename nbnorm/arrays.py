@@ -19,6 +19,13 @@ DTYPES = ("float32", "float64", *HALF)
 _dtype_names: dict[np.dtype[Any], str] = {}
 
 
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """One kind of view for backends to compile for, and a guard against writing to an input."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 class NumpyArrays:
     """numpy.ndarray and numpy.memmap. The other kinds derive from this one."""
 

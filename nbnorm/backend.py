@@ -4,16 +4,20 @@ group ``nbnorm.backends``; see the guide "Writing a backend"."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nbnorm import composed
+from nbnorm.arrays import read_only
 from nbnorm.statistics import Moments
 
 API_VERSION = 1
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
+LEAK = 0.01  # slope of leaky_relu below zero, the default of PyTorch
+ORDERS = ("norm_act", "act_norm")
 WHOLE_OPS = ("local_response_norm", "normalize")
 View = Any  # a five-axis array (n, r, g, c, s), native to the backend's device
 Stats = Any  # float64 (n, g); on a device, whatever its kernels keep
@@ -29,6 +33,31 @@ class Request(NamedTuple):
     param_axes: tuple[str, ...]  # which of "r", "g", "c" carry weight and bias; () where there are none
     split: bool  # the reduction lies on both sides of the statistics axis g: r > 1 and s > 1
     activation: str | None = None
+    order: str | None = None  # "norm_act" or "act_norm"; None without an activation
+    residual: bool = False
+    mask: bool = False
+
+
+class Epilogue(NamedTuple):
+    """What is joined to a norm: y = activation(norm(x) + residual) in the order "norm_act", and norm(activation(x)) +
+    residual in the order "act_norm"."""
+
+    activation: str | None = None
+    order: str = "norm_act"
+    residual: View | None = None  # of x's dtype, five axes, C-contiguous, read-only
+
+    @property
+    def before(self) -> str | None:
+        """The activation that is applied to x."""
+        return self.activation if self.order == "act_norm" else None
+
+    @property
+    def after(self) -> str | None:
+        """The activation that is applied to the norm."""
+        return self.activation if self.order == "norm_act" else None
+
+
+PLAIN = Epilogue()
 
 
 class Grads(NamedTuple):
@@ -51,12 +80,15 @@ class Saved:
     param_shape: tuple[int, ...] | None  # shape of the gradients of weight and bias; None: not wanted
     fixed: bool  # the statistics were given (eval): no gradient flows through them
     bias: View | None = None  # only to find again what the activation was applied to
-    activation: str | None = None
+    mask: View | None = None
+    epilogue: Epilogue = PLAIN
+    valid: Any = None  # elements that count in each group (n, g); None: all
 
     @property
-    def count(self) -> int:
+    def count(self) -> Any:
+        """Elements behind each statistic: one number, or (n, g) under a mask."""
         _, r, _, c, s = self.x.shape
-        return int(r * c * s)
+        return r * c * s if self.valid is None else self.valid
 
 
 class Backend(ABC):
@@ -116,6 +148,18 @@ class Backend(ABC):
     ) -> View:
         """dx = rstd * (weight*dy - k1 - xhat*k2), in x's dtype; k1 and k2 are (n, g), None for zero."""
 
+    # ---- what the engine calls: composed here, and overridden by backends that fuse ---------------------------------
+
+    def fuses(self, request: Request) -> bool:
+        """Whether the request runs in one pass over memory, or else is composed from the methods above and NumPy."""
+        return not request.mask and not request.residual and request.activation is None
+
+    def statistics(self, x: View, *, center: bool, mask: View | None = None, epilogue: Epilogue = PLAIN) -> Moments:
+        """`moments` of the elements that count, after the activation where that comes first."""
+        if mask is None and epilogue.before is None:
+            return self.moments(x, center=center)
+        return composed.statistics(self, x, center, mask, epilogue)
+
     def forward(
         self,
         x: View,
@@ -125,37 +169,54 @@ class Backend(ABC):
         *,
         center: bool,
         stats: tuple[Stats | None, Stats] | None = None,
-        activation: str | None = None,
+        mask: View | None = None,
+        epilogue: Epilogue = PLAIN,
         out: View | None = None,
     ) -> tuple[View, Moments | None, Stats]:
-        """(y, moments, rstd), with y = activation(norm(x)); with `stats` = (mean, rstd) given, the moments are None."""
+        """(y, moments, rstd); with `stats` = (mean, rstd) given, the moments are None."""
         found = None
         if stats is None:
-            found = self.moments(x, center=center)
-            stats = found.mean if center else None, reciprocal_std(found.m2 / found.count, eps)
+            found = self.statistics(x, center=center, mask=mask, epilogue=epilogue)
+            stats = found.mean if center else None, masked_rstd(found, eps)
         mean, rstd = stats
-        if activation is None:
+        if mask is None and epilogue.activation is None and epilogue.residual is None:
             return self.apply(x, mean, rstd, weight, bias, out=out), found, rstd
-        from nbnorm.activations import activate  # noqa: PLC0415  imports scipy.special, which few calls need
+        return composed.apply(self, x, mean, rstd, weight, bias, mask, epilogue, out), found, rstd
 
-        z = self.apply(_single(x), mean, rstd, weight, bias, out=out if x.dtype.itemsize > 2 else None)
-        return activate(activation, z, x.dtype, out=out), found, rstd
+    def add_forward(
+        self,
+        x: View,
+        addend: View,
+        weight: View | None,
+        bias: View | None,
+        eps: float,
+        *,
+        center: bool,
+        out: View | None = None,
+    ) -> tuple[View, View, Moments, Stats]:
+        """(y, total, moments, rstd): total = x + addend in x's dtype, and y its norm."""
+        total = np.empty(x.shape, x.dtype)
+        np.add(x, addend, out=total)
+        y, found, rstd = self.forward(read_only(total), weight, bias, eps, center=center, out=out)
+        assert found is not None
+        return y, total, found, rstd
 
-    def backward(self, dy: View, saved: Saved) -> Grads:
-        """Gradients as five-axis views; those of weight and bias in float64, of shape `saved.param_shape`."""
-        if saved.activation is not None:
-            from nbnorm.activations import gradient  # noqa: PLC0415  imports scipy.special, which few calls need
-
-            x = _single(saved.x)
-            z = self.apply(x, saved.mean, saved.rstd, saved.weight, saved.bias, out=None)
-            grads = self.backward(gradient(saved.activation, z, dy), replace(saved, x=x, activation=None))
-            return grads._replace(x=grads.x.astype(dy.dtype, copy=False))
+    def backward(self, dy: View, saved: Saved, *, addend: View | None = None) -> Grads:
+        """Gradients as five-axis views; those of weight and bias in float64, of shape `saved.param_shape`. `addend` is
+        added to that of x."""
+        if addend is not None:
+            grads = self.backward(dy, saved)
+            return grads._replace(x=np.add(grads.x, addend, out=grads.x))
+        epilogue = saved.epilogue
+        if saved.mask is not None or epilogue.activation is not None or epilogue.residual is not None:
+            return composed.backward(self, dy, saved)
         args = dy, saved.x, saved.mean, saved.rstd, saved.weight
         if saved.fixed and saved.param_shape is None:
             return Grads(self.backward_apply(*args, None, None))
         s1, s2, dweight, dbias = self.backward_sums(*args, saved.param_shape)
-        k1 = None if saved.fixed or saved.mean is None else s1 / saved.count
-        k2 = None if saved.fixed else s2 / saved.count
+        count = np.maximum(saved.count, 1)
+        k1 = None if saved.fixed or saved.mean is None else s1 / count
+        k2 = None if saved.fixed else s2 / count
         return Grads(self.backward_apply(*args, k1, k2), dweight, dbias)
 
     # ---- whole ops: no norm of one mean and one variance, so a backend has them or has not ------------------------
@@ -185,16 +246,13 @@ class Backend(ABC):
         raise NotImplementedError
 
 
-def _single(x: View) -> View:
-    """A half type as float32, so that what stands between a norm and its activation is not rounded to half."""
-    if x.dtype.itemsize > 2:
-        return x
-    wide = x.astype(np.float32, order="C")
-    wide.flags.writeable = False
-    return wide
-
-
 def reciprocal_std(var: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
     """1 / sqrt(var + eps); inf or NaN where that has no value, in silence, as IEEE 754 says."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(1.0 / np.sqrt(var + eps))
+
+
+def masked_rstd(found: Moments, eps: float) -> NDArray[np.float64]:
+    """`reciprocal_std` of moments; 0 for a group without elements."""
+    rstd = reciprocal_std(found.m2 / np.maximum(found.count, 1), eps)
+    return np.where(np.equal(found.count, 0), 0.0, rstd)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import dispatch, layout
-from nbnorm.arrays import Array, NumpyArrays, float_view
-from nbnorm.backend import Backend, Grads, Request, Saved, reciprocal_std
+from nbnorm.arrays import Array, NumpyArrays, float_view, read_only
+from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, masked_rstd, reciprocal_std
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
 
@@ -45,6 +45,16 @@ class Running:
 
 
 @dataclass(slots=True)
+class Renorm:
+    """Batch renormalization: the running statistics that the batch's are drawn to, and how far they may differ."""
+
+    mean: Operand
+    var: Operand
+    r_max: float
+    d_max: float
+
+
+@dataclass(slots=True)
 class Call:
     """One call, checked: everything the engine needs to run it."""
 
@@ -53,15 +63,45 @@ class Call:
     dtype: str
     axes: Axes
     weight: Operand | None = None
+    weight_offset: float = 0.0
     bias: Operand | None = None
     eps: float = 1e-5
     center: bool = True
+    mask: NDArray[np.bool_] | None = None  # with as many axes as x, each 1 or full
     activation: str | None = None
+    order: str = "norm_act"
+    residual: Operand | None = None
+    addend: Operand | None = None  # x + addend is normalized, and returned too
     fixed: tuple[Operand, Operand] | None = None  # (mean, var) that normalize instead of x's own
     running: Running | None = None  # updated after success
+    renorm: Renorm | None = None
     out: Operand | None = None
     return_moments: bool = False
     backend: str | Backend | None = None
+
+    def forward(self) -> Any:
+        """y; (y, total) where x is added to; with the moments last where the call asks for them."""
+        return _run(self)[0]
+
+    def vjp(self) -> tuple[Any, Pullback]:
+        """The result of `forward`, and the function that maps its gradient to those of the inputs."""
+        result, ran = _run(self)
+        return result, Pullback(self, ran)
+
+    def explain(self) -> dispatch.Decision:
+        """The decision for the call, without running it."""
+        placed = place(self)
+        return dispatch.decide(request(self, placed.plan), self.backend, placed.copies)
+
+
+@dataclass(slots=True)
+class Ran:
+    """What a forward leaves for its pullback."""
+
+    plan: Plan
+    backend: Backend
+    saved: Saved | None = None  # None for an empty x
+    factors: tuple[NDArray[Any], NDArray[Any]] | None = None  # r and d of a batch renormalization
 
 
 @dataclass(slots=True)
@@ -70,14 +110,15 @@ class Placed:
 
     ordered: NDArray[Any]
     plan: Plan
-    copies: tuple[str, ...]
+    copied: bool
+    copies: tuple[str, ...]  # of x and of the arrays of its size
 
     def five_axes(self) -> NDArray[Any]:
         """What the backend gets: a read-only view of x, or of its copy."""
-        if self.copies:
+        if self.copied:
             dtype = self.ordered.dtype.newbyteorder("=")
-            return _read_only(np.array(self.ordered, dtype, order="C").reshape(self.plan.layout))
-        return _read_only(self.ordered.reshape(self.plan.layout))
+            return read_only(np.array(self.ordered, dtype, order="C").reshape(self.plan.layout))
+        return read_only(self.ordered.reshape(self.plan.layout))
 
 
 def place(call: Call) -> Placed:
@@ -98,13 +139,21 @@ def place(call: Call) -> Placed:
             ordered.reshape(plan.layout, copy=False)
         except ValueError:
             reason = f"strides {x.strides} of shape {x.shape} collapse into no five-axis view"
-    return Placed(ordered, plan, (f"x ({x.nbytes} bytes): {reason}",) if reason else ())
+    copies = [f"x ({x.nbytes} bytes): {reason}"] if reason else []
+    for name, operand in (("residual", call.residual), ("residual", call.addend)):
+        if operand is not None and not _plain(_ordered(operand.view, axes, plan.order)):
+            copies.append(f"{name} ({x.nbytes} bytes): it does not lie in memory as x does")
+    return Placed(ordered, plan, bool(reason), tuple(copies))
+
+
+def _plain(array: NDArray[Any]) -> bool:
+    return array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
 
 
 def view_like(array: NDArray[Any], axes: Axes, plan: Plan, *, copy: bool = True) -> NDArray[Any] | None:
     """`array`, of x's shape, as a C-contiguous five-axis view in the plan's order; without `copy`, None for no view."""
     ordered = _ordered(array, axes, plan.order)
-    if ordered.flags.c_contiguous and ordered.flags.aligned and ordered.dtype.isnative:
+    if _plain(ordered):
         return ordered.reshape(plan.layout)
     if not copy:
         return None
@@ -115,6 +164,25 @@ def view_param(param: NDArray[Any], axes: Axes, plan: Plan) -> NDArray[Any]:
     """weight or bias as a C-contiguous five-axis array, each axis 1 or full."""
     ordered = param.reshape(axes.param_shape).transpose(plan.param_order)
     return np.array(ordered, ordered.dtype.newbyteorder("="), order="C", copy=None).reshape(plan.param_shape)
+
+
+def view_mask(mask: NDArray[np.bool_], axes: Axes, plan: Plan) -> NDArray[np.bool_]:
+    """The mask as a C-contiguous five-axis array, each axis 1 or full; copied where only a part of an axis is full."""
+    shape = list(mask.shape)
+    if axes.split is not None:
+        at = axes.split
+        shape[at : at + 1] = axes.shape[at : at + 2] if shape[at] > 1 else (1, 1)
+    ordered = mask.reshape(shape).transpose(plan.order)
+    lengths = [axes.shape[axis] for axis in plan.order]
+    full, five, axis = list(ordered.shape), [1] * 5, 0
+    for slot, size in enumerate(plan.layout):
+        begin, covered = axis, 1
+        while covered < size:
+            covered *= lengths[axis]
+            axis += 1
+        if any(length > 1 for length in ordered.shape[begin:axis]):
+            full[begin:axis], five[slot] = lengths[begin:axis], size
+    return np.ascontiguousarray(np.broadcast_to(ordered, full)).reshape(five)
 
 
 def from_five_axes(y: NDArray[Any], call: Call, plan: Plan) -> NDArray[Any]:
@@ -128,30 +196,15 @@ def _ordered(array: NDArray[Any], axes: Axes, order: tuple[int, ...]) -> NDArray
     return array.reshape(axes.shape).transpose(order)
 
 
-def _read_only(view: NDArray[Any]) -> NDArray[Any]:
-    """One kind of view for backends to compile for, and a guard against writing to an input."""
-    view = view.view()
-    view.flags.writeable = False
-    return view
-
-
 def request(call: Call, plan: Plan) -> Request:
     """What a backend may refuse on."""
     sizes = plan.layout
     carrying = tuple(name for axis, name in PARAM_AXES if plan.param_shape[axis] > 1)
     params = carrying if _has_params(call) else ()
-    return Request(call.op, "cpu", call.dtype, call.center, params, sizes.r > 1 and sizes.s > 1, call.activation)
-
-
-def explain(call: Call) -> dispatch.Decision:
-    """The decision for a call, without running it."""
-    placed = place(call)
-    return dispatch.decide(request(call, placed.plan), call.backend, placed.copies)
-
-
-def forward(call: Call) -> Any:
-    """y, or (y, Moments) where the call asks for both; running statistics are written last, after all succeeded."""
-    return _run(call)[0]
+    order = None if call.activation is None else call.order
+    split = sizes.r > 1 and sizes.s > 1
+    extras = call.activation, order, call.residual is not None, call.mask is not None
+    return Request(call.op, "cpu", call.dtype, call.center, params, split, *extras)
 
 
 def moments(call: Call) -> Moments:
@@ -160,59 +213,68 @@ def moments(call: Call) -> Moments:
     backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
     if not call.x.view.size:
         return _no_moments(call.axes)
-    return _logical_moments(backend.moments(placed.five_axes(), center=True), call.axes, placed.plan)
+    found = backend.statistics(placed.five_axes(), center=True, mask=_mask(call, placed.plan))
+    return _logical_moments(found, call.axes, placed.plan)
 
 
-def vjp(call: Call) -> tuple[Any, Pullback]:
-    """The forward result and the function that maps dy to gradients."""
-    result, plan, backend, saved = _run(call)
-    return result, Pullback(call, plan, backend, saved)
-
-
-def _run(call: Call) -> tuple[Any, Plan, Backend, Saved | None]:
-    """Forward, the Saved for its backward (None for an empty x), and the commit of the running statistics."""
+def _run(call: Call) -> tuple[Any, Ran]:
+    """Forward, what its pullback needs, and the commit of the running statistics."""
     placed = place(call)
-    plan = placed.plan
-    backend = dispatch.select(request(call, plan), call.backend, placed.copies)
+    backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
+    ran = Ran(placed.plan, backend)
     if call.x.view.size:
-        y, found, saved = _forward(call, placed, backend)
+        y, total, found = _forward(call, placed, ran)
     else:
-        y, found, saved = np.empty(call.x.view.shape, call.x.view.dtype), None, None
+        y, total, found = np.empty_like(call.x.view), np.empty_like(call.x.view), None
     if call.out is None:
         result = call.x.wrap(y)
     else:
         call.out.write(y)
         result = call.out.given
+    if call.addend is not None:
+        result = result, call.x.wrap(total)
     if call.running is None and not call.return_moments:
-        return result, plan, backend, saved
-    batch = _no_moments(call.axes) if saved is None else None
+        return result, ran
+    batch = _no_moments(call.axes) if ran.saved is None else None
     if found is not None:
-        batch = _logical_moments(found, call.axes, plan)
+        batch = _logical_moments(found, call.axes, placed.plan)
     if call.running is not None and batch is not None:
-        _commit(call.running, batch)
-    return (result, batch) if call.return_moments else result, plan, backend, saved
+        commit(call.running, batch)
+    return ((result, batch) if call.return_moments else result), ran
 
 
-def _forward(call: Call, placed: Placed, backend: Backend) -> tuple[NDArray[Any], Moments | None, Saved]:
-    """y in the caller's shape (the view of `out` itself, where the backend wrote there), the moments, the Saved."""
-    axes, plan = call.axes, placed.plan
-    weight = None if call.weight is None else view_param(call.weight.view, axes, plan)
-    bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
+def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArray[Any], Moments | None]:
+    """y in the caller's shape (the view of `out` itself, where the backend wrote there), x + addend (x itself without
+    one), and the moments; `ran` takes the Saved."""
+    axes, plan, backend, center = call.axes, placed.plan, ran.backend, call.center
+    weight, bias = _weight(call, plan), None if call.bias is None else view_param(call.bias.view, axes, plan)
+    mask, epilogue = _mask(call, plan), _epilogue(call, plan)
     stats = None if call.fixed is None else _fixed_stats(call, plan)
     out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
-    x = placed.five_axes()
-    y, found, rstd = backend.forward(
-        x, weight, bias, call.eps, center=call.center, stats=stats, activation=call.activation, out=out
-    )
-    mean = stats[0] if stats is not None else found.mean if found is not None and call.center else None
+    x, total, found = placed.five_axes(), call.x.view, None
+    if call.renorm is not None:
+        found = backend.statistics(x, center=True, mask=mask, epilogue=epilogue)
+        stats = found.mean, masked_rstd(found, call.eps)
+        ran.factors = _renorm_factors(call.renorm, plan, found, call.eps)
+        weight, bias = _renormalized(ran.factors, weight, bias)
+    if call.addend is None:
+        keys: dict[str, Any] = {"stats": stats, "mask": mask, "epilogue": epilogue, "out": out}
+        y, fresh, rstd = backend.forward(x, weight, bias, call.eps, center=center, **keys)
+        found = found or fresh
+    else:
+        addend = read_only(np.asarray(view_like(call.addend.view, axes, plan)))
+        y, sums, found, rstd = backend.add_forward(x, addend, weight, bias, call.eps, center=center, out=out)
+        x, total = read_only(sums), from_five_axes(sums, call, plan)
+    mean = None if not center else found.mean if found is not None else stats[0] if stats else None
+    valid = None if mask is None or found is None else found.count
     param_shape = plan.param_shape if _has_params(call) else None
-    saved = Saved(x, mean, rstd, weight, param_shape, stats is not None, bias, call.activation)
+    ran.saved = Saved(x, mean, rstd, weight, param_shape, call.fixed is not None, bias, mask, epilogue, valid)
     if out is not None and call.out is not None and y is out:
-        return call.out.view, found, saved
-    return from_five_axes(y, call, plan), found, saved
+        return call.out.view, total, found
+    return from_five_axes(y, call, plan), total, found
 
 
-def _commit(running: Running, batch: Moments) -> None:
+def commit(running: Running, batch: Moments) -> None:
     """Both new values first, then both writes: an error leaves the running statistics as they were."""
     mean, var = batch.blend(running.mean.view, running.var.view, running.momentum)
     running.mean.write(mean)
@@ -221,6 +283,27 @@ def _commit(running: Running, batch: Moments) -> None:
 
 def _has_params(call: Call) -> bool:
     return call.weight is not None or call.bias is not None
+
+
+def _weight(call: Call, plan: Plan) -> NDArray[Any] | None:
+    """The factor that is applied: the weight, with its offset added in float64."""
+    if call.weight is None:
+        return None
+    weight = view_param(call.weight.view, call.axes, plan)
+    return weight.astype(np.float64) + call.weight_offset if call.weight_offset else weight
+
+
+def _mask(call: Call, plan: Plan) -> NDArray[np.bool_] | None:
+    return None if call.mask is None else view_mask(call.mask, call.axes, plan)
+
+
+def _epilogue(call: Call, plan: Plan) -> Epilogue:
+    if call.activation is None and call.residual is None:
+        return PLAIN
+    residual = None
+    if call.residual is not None:
+        residual = read_only(np.asarray(view_like(call.residual.view, call.axes, plan)))
+    return Epilogue(call.activation, call.order, residual)
 
 
 def _fixed_stats(call: Call, plan: Plan) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -233,6 +316,28 @@ def _fixed_stats(call: Call, plan: Plan) -> tuple[NDArray[Any], NDArray[Any]]:
     shape = plan.layout.n, plan.layout.g
     rstd = reciprocal_std(var, call.eps)
     return np.array(np.broadcast_to(mean, shape), order="C"), np.array(np.broadcast_to(rstd, shape), order="C")
+
+
+def _renorm_factors(renorm: Renorm, plan: Plan, found: Moments, eps: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """r and d of every channel, of the parameters' shape: they turn the batch's xhat into one about the running
+    statistics."""
+    mean, var = (operand.view.astype(np.float64) for operand in (renorm.mean, renorm.var))
+    batch_mean, batch_var = found.mean[0], (found.m2 / np.maximum(found.count, 1))[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        std = np.sqrt(var + eps)
+        r = np.clip(np.sqrt(batch_var + eps) / std, 1 / renorm.r_max, renorm.r_max)
+        d = np.clip((batch_mean - mean) / std, -renorm.d_max, renorm.d_max)
+    return r.reshape(plan.param_shape), d.reshape(plan.param_shape)
+
+
+def _renormalized(
+    factors: tuple[NDArray[Any], NDArray[Any]], weight: NDArray[Any] | None, bias: NDArray[Any] | None
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """weight * r and weight * d + bias: batch renormalization is a norm with these."""
+    r, d = factors
+    w = 1.0 if weight is None else weight.astype(np.float64)
+    b = 0.0 if bias is None else bias.astype(np.float64)
+    return w * r, w * d + b
 
 
 def _logical_moments(found: Moments, axes: Axes, plan: Plan) -> Moments:
@@ -254,43 +359,68 @@ def _no_moments(axes: Axes) -> Moments:
 class Pullback:
     """Maps the gradient of a result to the gradients of its inputs; made by `nbnorm.vjp`.
 
-    Holds references to the inputs and the statistics, and no new tensor of x's size but the copy of x that
-    `nbnorm.explain` tells of, if there is one: the inputs must not change before it is called.
+    Holds references to the inputs and the statistics, and no new tensor of x's size but the copies that
+    `nbnorm.explain` tells of, if there are any: the inputs must not change before it is called.
     """
 
-    def __init__(self, call: Call, plan: Plan, backend: Backend, saved: Saved | None) -> None:
-        self._call, self._plan, self._backend, self._saved = call, plan, backend, saved
+    def __init__(self, call: Call, ran: Ran) -> None:
+        self._call, self._ran = call, ran
 
-    def __call__(self, dy: Array) -> Grads:
+    def __call__(self, dy: Any) -> Grads:
         """Gradients for one cotangent.
 
         Parameters
         ----------
         dy : array of x's shape and dtype, of any supported kind
+            For a norm that returns the sum too, the pair of both gradients; None stands for zeros in the second.
 
         Returns
         -------
         Grads
-            Each gradient of the kind, dtype and shape of what it belongs to; None where there is nothing.
+            Each gradient of the kind, dtype and shape of what it belongs to; None where there is nothing. Where x and
+            residual are added before the norm, their gradients are one array.
         """
+        call, saved, plan = self._call, self._ran.saved, self._ran.plan
+        dy, dtotal = self._parts(dy)
+        dy5, dtotal5 = self._five_axes(dy, "dy"), None if dtotal is None else self._five_axes(dtotal, "dh")
+        if saved is None or dy5 is None:
+            return self._empty()
+        found = self._ran.backend.backward(dy5, saved, addend=dtotal5)
+        dx = call.x.wrap(from_five_axes(found.x, call, plan))
+        dresidual = dx if call.addend is not None else None
+        if call.residual is not None:
+            dresidual = call.residual.wrap(from_five_axes(found.residual, call, plan))
+        return Grads(dx, *self._param_grads(found), dresidual)
+
+    def _parts(self, dy: Any) -> tuple[Array, Array | None]:
+        if self._call.addend is None:
+            return dy, None
+        if not isinstance(dy, tuple) or len(dy) != 2:
+            raise TypeError(f"dy must be the pair (dy, dh), as the result is (y, h); got {type(dy).__name__}")
+        return dy
+
+    def _five_axes(self, dy: Array, name: str) -> NDArray[Any] | None:
+        """A gradient of x's size as backends take it; None where it is empty."""
         call = self._call
-        _, view, dtype = float_view(dy, "dy")
+        _, view, dtype = float_view(dy, name)
         if view.shape != call.x.view.shape or dtype != call.dtype:
             raise ValueError(
-                f"dy must have x's shape {call.x.view.shape} and dtype {call.dtype}; got {view.shape} and {dtype}"
+                f"{name} must have x's shape {call.x.view.shape} and dtype {call.dtype}; got {view.shape} and {dtype}"
             )
-        if self._saved is None:
-            return self._empty()
-        dy5 = view_like(view, call.axes, self._plan)
-        found = self._backend.backward(_read_only(np.asarray(dy5)), self._saved)
-        dx = call.x.wrap(from_five_axes(found.x, call, self._plan))
-        return Grads(dx, self._param_grad(call.weight, found.weight), self._param_grad(call.bias, found.bias))
+        return read_only(np.asarray(view_like(view, call.axes, self._ran.plan))) if view.size else None
+
+    def _param_grads(self, found: Grads) -> tuple[Array | None, Array | None]:
+        weight, bias = found.weight, found.bias
+        if self._ran.factors is not None and weight is not None:
+            r, d = self._ran.factors
+            weight = r * weight + d * bias
+        return self._param_grad(self._call.weight, weight), self._param_grad(self._call.bias, bias)
 
     def _param_grad(self, param: Operand | None, found: NDArray[Any] | None) -> Array | None:
         if param is None:
             return None
         assert found is not None, "the backend returned no gradient for a parameter"
-        axes, plan = self._call.axes, self._plan
+        axes, plan = self._call.axes, self._ran.plan
         lengths = tuple(axes.param_shape[axis] for axis in plan.param_order)
         logical = found.reshape(lengths).transpose(layout.inverse(plan.param_order)).reshape(param.view.shape)
         return param.wrap(np.ascontiguousarray(logical, param.view.dtype))
@@ -301,4 +431,4 @@ class Pullback:
         def zeros(operand: Operand | None) -> Array | None:
             return None if operand is None else operand.wrap(np.zeros(operand.view.shape, operand.view.dtype))
 
-        return Grads(zeros(call.x), zeros(call.weight), zeros(call.bias))
+        return Grads(zeros(call.x), zeros(call.weight), zeros(call.bias), zeros(call.residual or call.addend))

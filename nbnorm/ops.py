@@ -15,6 +15,7 @@ from nbnorm.arguments import (
     check_axis,
     check_backend,
     check_call,
+    check_mask,
     check_statistics,
     check_x,
     normalized_axes,
@@ -35,7 +36,7 @@ def _op(prepare: Callable[P, Call]) -> Callable[P, Any]:
 
     @functools.wraps(prepare)
     def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return engine.forward(prepare(*args, **kwargs))
+        return prepare(*args, **kwargs).forward()
 
     run.__annotations__ = {**prepare.__annotations__, "return": "Array | tuple[Array, Moments]"}
     run.__signature__ = inspect.signature(prepare).replace(return_annotation="Array | tuple[Array, Moments]")  # type: ignore[attr-defined]
@@ -55,7 +56,10 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    mask: Array | None = None,
     activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -81,8 +85,16 @@ def batch_norm(
         Added to the variance; must be positive in training.
     channel_axis : int
         Axis of the channels; negative counts from the end.
+    mask : array of bool, broadcastable to x
+        True where an element is valid. Statistics, running statistics and gradients are those of the valid elements;
+        the others come out as 0, whatever stands there. A channel without a valid element updates nothing; one with a
+        single valid element has variance 0 and leaves its running variance alone.
     activation : "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid" or "tanh"
-        Applied to the result; leaky_relu has slope 0.01 below zero.
+        leaky_relu has slope 0.01 below zero.
+    order : "norm_act" or "act_norm"
+        ``activation(norm(x) + residual)``, or ``norm(activation(x)) + residual``.
+    residual : array of x's shape and dtype
+        Added, as `order` says.
     out : array like x
         Where to write the result; x itself, or memory apart from it.
     return_moments : bool
@@ -123,7 +135,7 @@ def batch_norm(
     channel = check_axis("channel_axis", channel_axis, operand.view)
     axes = layout.batch(operand.view.shape, channel)
     call = Call("batch_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    check_call(call, weight, bias, activation, out, return_moments, backend)
+    check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
     check_statistics(call, running_mean, running_var, training, momentum, "training")
     return call
 
@@ -140,7 +152,10 @@ def instance_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    mask: Array | None = None,
     activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -155,7 +170,7 @@ def instance_norm(
         of the unbiased variances, as PyTorch does; without it they normalize.
     weight, bias : arrays (C,)
     use_input_stats : bool
-    momentum, eps, channel_axis, activation, out, backend
+    momentum, eps, channel_axis, mask, activation, order, residual, out, backend
         As for `batch_norm`.
     return_moments : bool
         As for `batch_norm`; the moments have shape (N, C).
@@ -185,7 +200,7 @@ def instance_norm(
     channel = check_axis("channel_axis", channel_axis, operand.view, after_batch=True)
     axes = layout.instance(operand.view.shape, channel)
     call = Call("instance_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    check_call(call, weight, bias, activation, out, return_moments, backend)
+    check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
     check_statistics(call, running_mean, running_var, use_input_stats, momentum, "use_input_stats")
     return call
 
@@ -199,7 +214,10 @@ def group_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    mask: Array | None = None,
     activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -212,7 +230,7 @@ def group_norm(
     num_groups : int
         Must divide C.
     weight, bias : arrays (C,)
-    eps, channel_axis, activation, out, backend
+    eps, channel_axis, mask, activation, order, residual, out, backend
         As for `batch_norm`; eps may be any finite number.
     return_moments : bool
         Return ``(y, Moments)``; the moments have shape (N, num_groups).
@@ -245,7 +263,7 @@ def group_norm(
         raise ValueError(f"num_groups must divide the {shape[channel]} channels of x {shape}; got {groups}")
     axes = layout.group(shape, groups, channel)
     call = Call("group_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    return check_call(call, weight, bias, activation, out, return_moments, backend)
+    return check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
 
 
 @_op
@@ -257,7 +275,10 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] | None = None,
+    mask: Array | None = None,
     activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -273,7 +294,7 @@ def layer_norm(
     eps : float
     axis : int or ints
         The axes to normalize over.
-    activation, out, backend
+    mask, activation, order, residual, out, backend
         As for `batch_norm`.
     return_moments : bool
         Return ``(y, Moments)``; the moments have the shape of the axes that are kept.
@@ -302,7 +323,7 @@ def layer_norm(
     operand, dtype = check_x(x, least=1)
     axes = normalized_axes(operand.view, normalized_shape, axis)
     call = Call("layer_norm", operand, dtype, axes, eps=check_number("eps", eps))
-    return check_call(call, weight, bias, activation, out, return_moments, backend)
+    return check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
 
 
 @_op
@@ -313,7 +334,11 @@ def rms_norm(
     eps: float | None = None,
     *,
     axis: int | Sequence[int] | None = None,
+    weight_offset: float = 0.0,
+    mask: Array | None = None,
     activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
     out: Array | None = None,
     return_moments: bool = False,
     backend: str | Backend | None = None,
@@ -323,10 +348,12 @@ def rms_norm(
     Parameters
     ----------
     x : array of shape ``(..., *normalized_shape)``
-    normalized_shape, weight, axis, activation, out, backend
+    normalized_shape, weight, axis, mask, activation, order, residual, out, backend
         As for `layer_norm`.
     eps : float
         None stands for the epsilon of the type computed in: float64's for float64, float32's for the others.
+    weight_offset : float
+        Added to the weight, in float64; 1.0 for weights that are stored as their distance from 1.
     return_moments : bool
         Return ``(y, Moments)``; these are moments about zero: mean 0 and m2 = sum(x*x).
 
@@ -355,10 +382,19 @@ def rms_norm(
     if eps is None:
         eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     call = Call("rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False)
-    return check_call(call, weight, None, activation, out, return_moments, backend)
+    call.weight_offset = check_number("weight_offset", weight_offset)
+    if call.weight_offset and weight is None:
+        raise ValueError(f"weight_offset is added to weight, which must be given; got weight_offset {weight_offset}")
+    return check_call(call, weight, None, mask, activation, order, residual, out, return_moments, backend)
 
 
-def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str | Backend | None = None) -> Moments:
+def moments(
+    x: Array,
+    axis: int | Sequence[int] | None = None,
+    *,
+    mask: Array | None = None,
+    backend: str | Backend | None = None,
+) -> Moments:
     """Count, mean and sum of squared deviations over `axis`, in float64, ready to merge.
 
     Parameters
@@ -366,6 +402,8 @@ def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str |
     x : array; float32, float64, float16 or bfloat16
     axis : int or ints
         The axes to reduce over; None for all.
+    mask : array of bool, broadcastable to x
+        True where an element counts.
     backend : str or Backend
 
     Returns
@@ -385,16 +423,21 @@ def moments(x: Array, axis: int | Sequence[int] | None = None, *, backend: str |
     >>> m.count, m.mean.tolist(), m.var().tolist()
     (2, [2.0, 4.0], [1.0, 4.0])
     """
-    return engine.moments(_prepare_moments(x, axis, backend=backend))
+    return engine.moments(_prepare_moments(x, axis, mask=mask, backend=backend))
 
 
 def _prepare_moments(
-    x: Array, axis: int | Sequence[int] | None = None, *, backend: str | Backend | None = None
+    x: Array,
+    axis: int | Sequence[int] | None = None,
+    *,
+    mask: Array | None = None,
+    backend: str | Backend | None = None,
 ) -> Call:
     operand, dtype = check_x(x, least=0)
     every = tuple(range(operand.view.ndim))
     axes = layout.over(operand.view.shape, every if axis is None else check_axes(axis, operand.view), params=False)
-    return Call("moments", operand, dtype, axes, backend=check_backend(backend))
+    valid = None if mask is None else check_mask(operand, mask)
+    return Call("moments", operand, dtype, axes, mask=valid, backend=check_backend(backend))
 
 
 def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullback]:
@@ -404,7 +447,7 @@ def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullbac
     ----------
     op : one of the norms, such as `nbnorm.batch_norm`
     *args, **kwargs
-        Its arguments. `out` must not overlap x.
+        Its arguments. `out` must not overlap x or residual.
 
     Returns
     -------
@@ -426,9 +469,11 @@ def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullbac
     ([-1.069, 0.0, 0.0], None)
     """
     call = _prepared(op, _prepare, args, kwargs)
-    if call.out is not None and overlap(call.out.view, call.x.view):
-        raise ValueError("out must not overlap x under vjp: the gradient needs x as it was")
-    return engine.vjp(call)
+    if call.out is not None:
+        for name, operand in (("x", call.x), ("residual", call.residual)):
+            if operand is not None and overlap(call.out.view, operand.view):
+                raise ValueError(f"out must not overlap {name} under vjp: the gradient needs {name} as it was")
+    return call.vjp()
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Decision:
@@ -451,7 +496,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Decis
     >>> print(nbnorm.explain(nbnorm.layer_norm, x, 3, backend="numpy"))
     layer_norm on cpu, float32: numpy (named by backend=)
     """
-    return engine.explain(_prepared(op, _prepare | {moments: _prepare_moments}, args, kwargs))
+    return _prepared(op, _prepare | {moments: _prepare_moments}, args, kwargs).explain()
 
 
 def _prepared(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.arrays import HALF, bfloat16
-from nbnorm.backend import ACTIVATIONS, Backend, Grads, Request, Saved
+from nbnorm.backend import ACTIVATIONS, Backend, Epilogue, Grads, Request, Saved
 
 View = NDArray[Any]
 Wide = np.longdouble
@@ -235,10 +235,10 @@ def _check_activation(backend: Backend, case: Case, dtype: str, center: bool, la
     rstd = 1 / np.sqrt(m2 / _count(x) + 1e-3)
     z = _reference_xhat(x, mean, rstd) * _spread(weight, x, 1.0) + _spread(bias, x, 0.0)
     expected, slope = _reference_activation(name, z)
-    y, _, root = backend.forward(x, weight, bias, 1e-3, center=center, activation=name)
+    y, _, root = backend.forward(x, weight, bias, 1e-3, center=center, epilogue=Epilogue(name))
     _result(y, expected, x, dtype, f"{label}: forward, {name}")
     statistics = np.asarray(mean, np.float64) if center else None, root
-    saved = Saved(x, *statistics, weight, case.param_shape, True, bias, name)
+    saved = Saved(x, *statistics, weight, case.param_shape, True, bias, None, Epilogue(name))
     found = backend.backward(dy, saved)
     dz = dy.astype(Wide) * slope
     _result(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nbnorm import testing
-from nbnorm.backend import Grads
+from nbnorm.backend import PLAIN, Grads
 from nbnorm.dispatch import registry
 from nbnorm.statistics import Moments
 from nbnorm_backends.numpy_ref import NumpyBackend
@@ -83,13 +83,13 @@ class SwapsParameterGradients(NumpyBackend):
 
 
 class IgnoresActivation(NumpyBackend):
-    def forward(self, *args: Any, activation: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, epilogue: Any = None, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
 
 class IgnoresActivationBackward(NumpyBackend):
     def backward(self, dy: Any, saved: Any) -> Grads:
-        return super().backward(dy, replace(saved, activation=None))
+        return super().backward(dy, replace(saved, epilogue=PLAIN))
 
 
 class ForwardIgnoresOutWithoutWeight(NumpyBackend):

@@ -114,22 +114,10 @@ def close(found: Any, expected: Any, bound: float) -> None:
     assert error.max(initial=0) <= bound
 
 
-def runner(case: Norm, x: Any, backend: str) -> str:
-    """The backend itself, or where it refuses, for the one reason there is, the next: the fallback."""
-    decision = nbnorm.explain(case.op, x, weight=np.ones(case.params, x.dtype), backend=backend, **case.call)
-    if decision.chosen is None:
-        assert decision.rejected == (
-            ("numba", "weight and bias lie on both sides of the kept axes in memory, which is not fused"),
-        )
-        with nbnorm.use_backend(backend):
-            return nbnorm.explain(case.op, x, weight=np.ones(case.params, x.dtype), **case.call).chosen
-    return backend
-
-
 def check(case: Norm, dtype: str, x: Any, weight: Any, bias: Any, dy: Any, backend: str, eps: float = 1e-3) -> Any:
     """Forward and backward of one call against the oracle; returns y and the gradients."""
     params = {"weight": weight} | ({"bias": bias} if has_bias(case) else {})
-    y, pullback = nbnorm.vjp(case.op, x, **params, eps=eps, backend=runner(case, x, backend), **case.call)
+    y, pullback = nbnorm.vjp(case.op, x, **params, eps=eps, backend=backend, **case.call)
     grads = pullback(dy)
     expected = norm(case.op.__name__, x, weight, params.get("bias"), eps, dy, **case.oracle)
     assert y.dtype == x.dtype
@@ -164,7 +152,6 @@ def test_without_parameters(case: Norm, backend: str) -> None:
 def test_gradients_against_finite_differences(case: Norm, backend: str) -> None:
     """Every entry of x, weight and bias, by central differences of the forward in float64."""
     x, weight, bias, dy = data(case)
-    backend = runner(case, x, backend)
     inputs = {"x": x, "weight": weight} | ({"bias": bias} if has_bias(case) else {})
 
     def loss(**changed: Any) -> float:
@@ -326,7 +313,6 @@ def test_return_moments_writes_nothing(backend: str) -> None:
 @BY_NAME
 def test_out(case: Norm, backend: str) -> None:
     x, weight, _, _ = data(case, "float32")
-    backend = runner(case, x, backend)
     expected = case.op(x, weight=weight, backend=backend, **case.call)
     for out in (np.empty_like(x), np.asfortranarray(np.empty_like(x)), np.empty((*x.shape, 2), "f4")[..., 0], x):
         result = case.op(x if out is not x else x.copy(), weight=weight, out=out, backend=backend, **case.call)

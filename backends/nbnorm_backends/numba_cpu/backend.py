@@ -10,16 +10,18 @@ import numpy as np
 from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
-from nbnorm.backend import Backend, Grads, Request, Saved
+from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved
 from nbnorm.dispatch import hold_over_fork
 from nbnorm.statistics import Moments
 from nbnorm_backends.numba_cpu import columns, runs
 from nbnorm_backends.numba_cpu.elements import converts_float16
-from nbnorm_backends.numba_cpu.kernels import M2, MEAN, RESIDUAL, RSTD
+from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
+from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
 from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
 from nbnorm_backends.numba_cpu.threads import thread_count
 
 Array = NDArray[Any]
+OPTIONLESS = options_of(None, PLAIN)
 
 # Numba compiles under one process-wide lock. A fork while another thread compiles leaves it locked in the child for
 # ever (6 of 6 children hung); holding it during the fork does not (0 of 6).
@@ -40,9 +42,15 @@ class NumbaBackend(Backend):
             return reason
         if request.dtype == "float16" and not self._float16:
             return "float16 needs the F16C instructions, which this processor (or NUMBA_CPU_NAME) lacks"
-        if "r" in request.param_axes and (len(request.param_axes) > 1 or request.split):
-            return "weight and bias lie on both sides of the kept axes in memory, which is not fused"
         return None
+
+    def fuses(self, request: Request) -> bool:
+        return True
+
+    def statistics(self, x: Array, *, center: bool, mask: Array | None = None, epilogue: Epilogue = PLAIN) -> Moments:
+        table = _table(x)
+        self._forward(x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table)
+        return _moments(x, table)
 
     def forward(
         self,
@@ -53,33 +61,58 @@ class NumbaBackend(Backend):
         *,
         center: bool,
         stats: tuple[Array | None, Array] | None = None,
-        activation: str | None = None,
+        mask: Array | None = None,
+        epilogue: Epilogue = PLAIN,
         out: Array | None = None,
     ) -> tuple[Array, Moments | None, Array]:
-        if activation is not None:  # not fused yet: composed, in one more pass
-            return super().forward(x, weight, bias, eps, center=center, stats=stats, activation=activation, out=out)
         y = np.empty(x.shape, x.dtype) if out is None else out
         table = _table(x, stats)
         find = stats is None
-        _family(x).forward(self.scheduler, x, weight, bias, center=center, eps=eps, find=find, stats=table, y=y)
+        self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y)
         return y, _moments(x, table) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
 
-    def backward(self, dy: Array, saved: Saved) -> Grads:
-        if saved.activation is not None:
-            return super().backward(dy, saved)
-        x, stats = saved.x, (saved.mean, saved.rstd)
-        find = not saved.fixed or saved.param_shape is not None
-        divisors = np.full(2, 0 if saved.fixed else saved.count, np.float64)
-        if saved.mean is None:
-            divisors[0] = 0.0
+    def add_forward(
+        self,
+        x: Array,
+        addend: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        *,
+        center: bool,
+        out: Array | None = None,
+    ) -> tuple[Array, Array, Moments, Array]:
+        y = np.empty(x.shape, x.dtype) if out is None else out
+        total = np.empty(x.shape, x.dtype)
+        sealed = total.view()
+        sealed.flags.writeable = False
+        table, joined = _table(x), Joined(x, addend, total)
+        self._forward(sealed, weight, bias, eps, options_of(None, PLAIN), center, True, table, joined, y)
+        return y, total, _moments(x, table), table[RSTD].reshape(x.shape[0], x.shape[2])
+
+    def backward(self, dy: Array, saved: Saved, *, addend: Array | None = None) -> Grads:
+        x, epilogue = saved.x, saved.epilogue
         dx = np.empty(x.shape, x.dtype)
-        _, dweight, dbias = self._backward(dy, x, stats, saved.weight, find, divisors, saved.param_shape, dx)
-        return Grads(dx, dweight, dbias)
+        dz = None if epilogue.residual is None else np.empty(x.shape, x.dtype)
+        _, dweight, dbias = self._backward(
+            dy,
+            x,
+            saved.weight,
+            saved.bias,
+            options_of(saved.mask, epilogue),
+            stats=_table(x, (saved.mean, saved.rstd), saved.count),
+            center=saved.mean is not None,
+            fixed=saved.fixed,
+            find=not saved.fixed or saved.param_shape is not None,
+            param_shape=saved.param_shape,
+            addend=addend,
+            dz=dz,
+            dx=dx,
+        )
+        return Grads(dx, dweight, dbias, dz)
 
     def moments(self, x: Array, *, center: bool) -> Moments:
-        table = _table(x, None)
-        _family(x).forward(self.scheduler, x, None, None, center=center, eps=0.0, find=True, stats=table, y=_nothing(x))
-        return _moments(x, table)
+        return self.statistics(x, center=center)
 
     def apply(
         self, x: Array, mean: Array | None, rstd: Array, weight: Array | None, bias: Array | None, *, out: Array | None
@@ -95,7 +128,9 @@ class NumbaBackend(Backend):
         weight: Array | None,
         param_shape: tuple[int, ...] | None,
     ) -> tuple[Array, Array, Array | None, Array | None]:
-        sums, dweight, dbias = self._backward(dy, x, (mean, rstd), weight, True, np.ones(2), param_shape, _nothing(x))
+        sums, dweight, dbias = self._backward(
+            dy, x, weight, None, OPTIONLESS, stats=_table(x, (mean, rstd), 1), param_shape=param_shape, dx=_nothing(x)
+        )
         return sums[0], sums[1], dweight, dbias
 
     def backward_apply(
@@ -110,37 +145,66 @@ class NumbaBackend(Backend):
     ) -> Array:
         given = np.stack([np.zeros(rstd.shape) if k is None else k for k in (k1, k2)])
         dx = np.empty(x.shape, x.dtype)
-        self._backward(dy, x, (mean, rstd), weight, False, np.zeros(2), None, dx, given)
+        table = _table(x, (mean, rstd))
+        self._backward(dy, x, weight, None, OPTIONLESS, stats=table, find=False, coefficients=given, dx=dx)
         return dx
+
+    def _forward(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        options: Options,
+        center: bool,
+        find: bool,
+        stats: Array,
+        joined: Joined = NOTHING_JOINED,
+        y: Array | None = None,
+    ) -> None:
+        """Fill `stats` where `find` asks, and y if it is given."""
+        target = _nothing(x) if y is None else y
+        keys = {"center": center, "eps": eps, "find": find, "stats": stats, "joined": joined, "y": target}
+        _family(x).forward(self.scheduler, x, weight, bias, options, **keys)
 
     def _backward(
         self,
         dy: Array,
         x: Array,
-        stats: tuple[Array | None, Array],
         weight: Array | None,
-        find: bool,
-        divisors: Array,
-        param_shape: tuple[int, ...] | None,
+        bias: Array | None,
+        options: Options,
+        *,
+        stats: Array,
+        center: bool = True,
+        fixed: bool = False,
+        find: bool = True,
+        coefficients: Array | None = None,
+        param_shape: tuple[int, ...] | None = None,
+        addend: Array | None = None,
+        dz: Array | None = None,
         dx: Array,
-        given: Array | None = None,
     ) -> tuple[Array, Array | None, Array | None]:
         """Coefficients (2, n, g), found or given; dweight; dbias. dx is written unless it is empty."""
-        shape = 2, x.shape[0], x.shape[2]
-        coefficients = np.zeros(shape) if given is None else given
+        found = np.zeros((2, x.shape[0], x.shape[2])) if coefficients is None else coefficients
         dweight, dbias = _family(x).backward(
             self.scheduler,
             dy,
             x,
             weight,
-            stats=_table(x, stats),
+            bias,
+            options,
+            stats=stats,
+            center=center,
+            fixed=fixed,
             find=find,
-            divisors=divisors,
-            coefficients=coefficients.reshape(2, -1),
+            coefficients=found.reshape(2, -1),
             param_shape=param_shape,
+            addend=addend,
+            dz=dz,
             dx=dx,
         )
-        return coefficients, dweight, dbias
+        return found, dweight, dbias
 
 
 def _scheduler() -> Scheduler:
@@ -156,9 +220,11 @@ def _family(x: Array) -> ModuleType:
     return columns if x.shape[1] > 1 and x.shape[4] == 1 else runs
 
 
-def _table(x: Array, stats: tuple[Array | None, Array] | None) -> Array:
-    """The kernels' array of statistics (4, n*g), with what is given."""
-    table = np.zeros((4, x.shape[0] * x.shape[2]))
+def _table(x: Array, stats: tuple[Array | None, Array] | None = None, count: Any = None) -> Array:
+    """The kernels' array of statistics (5, n*g), with what is given; the count is that of a call without a mask."""
+    n, r, g, c, s = x.shape
+    table = np.zeros((5, n * g))
+    table[COUNT] = r * c * s if count is None else np.broadcast_to(count, (n, g)).reshape(-1)
     if stats is not None:
         mean, rstd = stats
         table[MEAN] = 0.0 if mean is None else mean.reshape(-1)
@@ -167,9 +233,9 @@ def _table(x: Array, stats: tuple[Array | None, Array] | None) -> Array:
 
 
 def _moments(x: Array, table: Array) -> Moments:
-    n, r, g, c, s = x.shape
-    mean, residual, m2 = (table[row].reshape(n, g) for row in (MEAN, RESIDUAL, M2))
-    return Moments(r * c * s, mean, m2, residual)
+    mean, residual, m2, count = (table[row].reshape(x.shape[0], x.shape[2]) for row in (MEAN, RESIDUAL, M2, COUNT))
+    whole = x.shape[1] * x.shape[3] * x.shape[4]
+    return Moments(whole if (count == whole).all() else count.astype(np.int64), mean, m2, residual)
 
 
 def _nothing(x: Array) -> Array:

@@ -6,6 +6,8 @@ which it is. A load widens to float64, a store narrows to the array's type, roun
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -13,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
@@ -44,38 +46,122 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
     """float64(array[index]); index is not negative."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(_pointer(context, builder, signature, args))
-        if array.dtype == types.uint16:
-            value = builder.fpext(builder.bitcast(value, F16), F32)
-        elif array.dtype == types.int16:
-            value = builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
-        return value if array.dtype == types.float64 else builder.fpext(value, F64)
+        return _loaded(context, builder, array, *args)
 
     return types.float64(array, types.intp), generate
 
 
 @intrinsic
 def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] = value, a float64; index is not negative."""
+    """array[index] = value, a float64; index is not negative. Nothing where the array is None."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = args[2]
-        if array.dtype != types.float64:
-            value = builder.fptrunc(value, F32)
-        if array.dtype == types.uint16:
-            value = builder.bitcast(builder.fptrunc(value, F16), I16)
-        elif array.dtype == types.int16:
-            value = _bfloat16_bits(builder, value)
-        builder.store(value, _pointer(context, builder, signature, args))
+        if not isinstance(array, types.NoneType):
+            _store(context, builder, array, *args)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.float64), generate
 
 
-def _pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    array_type = signature.args[0]
-    array = context.make_array(array_type)(context, builder, args[0])
-    return cgutils.get_item_pointer(context, builder, array_type, array, [args[1]], wraparound=False)
+# ---- operands that may be None, one number, or an array: compiled for what they are ---------------------------------
+
+
+@intrinsic
+def at(typing_context: Any, operand: Any, index: Any) -> Any:
+    """The number itself, or the array's element."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _loaded(context, builder, operand, *args)
+
+    return types.float64(operand, types.intp), generate
+
+
+@intrinsic
+def plus(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
+    """value + operand; value alone where the operand is None."""
+    return types.float64(types.float64, operand, types.intp), _joined("fadd", operand)
+
+
+@intrinsic
+def times(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
+    """value * operand; value alone where the operand is None."""
+    return types.float64(types.float64, operand, types.intp), _joined("fmul", operand)
+
+
+def _joined(operation: str, operand: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, other, index = args
+        if isinstance(operand, types.NoneType):
+            return value
+        other = _loaded(context, builder, operand, other, index)
+        return getattr(builder, operation)(value, other, flags=("contract",))
+
+    return generate
+
+
+@intrinsic
+def keep(typing_context: Any, mask: Any, index: Any, value: Any) -> Any:
+    """The value where the mask is None or not 0 there, else 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        flags, index, value = args
+        if isinstance(mask, types.NoneType):
+            return value
+        flag = builder.load(_pointer(context, builder, mask, flags, index))
+        valid = builder.icmp_unsigned("!=", flag, ir.Constant(flag.type, 0))
+        return builder.select(valid, value, ir.Constant(F64, 0.0))
+
+    return types.float64(mask, types.intp, types.float64), generate
+
+
+def optional(nothing: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for kernels; where its first argument is None, compile `nothing`, of the same parameters.
+
+    ``if mask is None`` in the function itself would not do: Numba types both branches.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(first: Any, *_: Any) -> Callable[..., Any]:
+            return nothing if isinstance(first, types.NoneType) else function
+
+        def stub(*_: Any) -> None:
+            raise NotImplementedError(f"{function.__name__} is for kernels")
+
+        choose.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        overload(stub)(choose)
+        return stub
+
+    return decorate
+
+
+# ---- the code that they make -----------------------------------------------------------------------------------------
+
+
+def _loaded(context: Any, builder: Any, operand: Any, value: Any, index: Any) -> Any:
+    """float64 of the element of an array, or the number itself."""
+    if not isinstance(operand, types.Array):
+        return value
+    value = builder.load(_pointer(context, builder, operand, value, index))
+    if operand.dtype == types.uint16:
+        value = builder.fpext(builder.bitcast(value, F16), F32)
+    elif operand.dtype == types.int16:
+        value = builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
+    return value if operand.dtype == types.float64 else builder.fpext(value, F64)
+
+
+def _store(context: Any, builder: Any, array: Any, target: Any, index: Any, value: Any) -> None:
+    if array.dtype != types.float64:
+        value = builder.fptrunc(value, F32)
+    if array.dtype == types.uint16:
+        value = builder.bitcast(builder.fptrunc(value, F16), I16)
+    elif array.dtype == types.int16:
+        value = _bfloat16_bits(builder, value)
+    builder.store(value, _pointer(context, builder, array, target, index))
+
+
+def _pointer(context: Any, builder: Any, array: Any, value: Any, index: Any) -> Any:
+    view = context.make_array(array)(context, builder, value)
+    return cgutils.get_item_pointer(context, builder, array, view, [index], wraparound=False)
 
 
 def _bfloat16_bits(builder: Any, value: Any) -> Any:

@@ -3,13 +3,20 @@ bits of a result do not depend on the number of threads.
 
 Two families, by what is innermost in memory:
 
-- *runs*, x (n, r, g, c, s): a run is s neighbouring elements of one group (n, g). Parameters are constant along a
-  run, (g, c, 1), or vary along it, (g, 1, s).
+- *runs*, x (n, r, g, c, s): a run is s neighbouring elements of one group (n, g). Parameters are (r or 1, g, c, s or
+  1): constant along a run, or not.
 - *columns*, x (n, r, w): neighbouring elements belong to different statistics. Each sum runs down r.
 
+Both come down to the same loops over one row of neighbouring elements. What a call does not use is None, or the
+identity, and leaves no trace in the compiled code:
+
+- `before` and `after` are activations: u = before(x) is normalized, and y = after(norm(u) + residual);
+- `mask` is 0 where an element does not count; its row has the row's length, or length 1 and holds for all of it;
+- mean, scale, bias and the like are one number for the whole row, or an array along it.
+
 Statistics are float64 sums about a pivot near the data, and everything after them is computed in float64 too:
-memory-bound calls pay nothing for it, and offsets of 1e8 cost no accuracy. Accesses slice a run first and loop over
-``range(run.size)``: indexing inside ``range(begin, end)`` keeps the wraparound check and was 15 times slower.
+memory-bound calls pay nothing for it, and offsets of 1e8 cost no accuracy. Accesses slice a row first and loop over
+``range(row.size)``: indexing inside ``range(begin, end)`` keeps the wraparound check and was 15 times slower.
 """
 
 from __future__ import annotations
@@ -17,114 +24,226 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from nbnorm_backends.numba_cpu.elements import load, store
+from nbnorm_backends.numba_cpu.activations import activate, slope
+from nbnorm_backends.numba_cpu.elements import at, keep, load, optional, plus, store, times
 
 # Reductions may be reordered into vector lanes; nothing may assume away NaN and Inf. fastmath=True, "nnan" and
 # "ninf" break them, "arcp" turns x / denormal into infinity.
 REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True)
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
 
-MEAN, RESIDUAL, M2, RSTD = range(4)  # rows of the array of statistics, (4, groups)
+MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
 POOR_PIVOT = 8.0  # redo about the mean when (sum of deviations)^2 > 8 * n * m2: beyond it a digit is lost
 
 
-# ---- one run ---------------------------------------------------------------------------------------------------------
+# ---- one row ---------------------------------------------------------------------------------------------------------
+
+
+@optional(lambda x, addend, total: None)
+def add_rows(x, addend, total):
+    for i in range(x.size):
+        store(total, i, load(x, i) + load(addend, i))
+
+
+@PLAIN
+def valid_in(mask):
+    """How many elements of a row count, and which is the first that does."""
+    total = 0
+    first = mask.size
+    for i in range(mask.size):
+        if mask[i]:
+            total += 1
+            first = min(first, i)
+    return total, first
 
 
 @REDUCE
-def sums(x, pivot):
-    """sum(x - pivot), sum((x - pivot)^2)"""
+def sums(x, pivot, mask, before):
+    """sum(u - pivot), sum((u - pivot)^2)"""
     s = 0.0
     q = 0.0
     for i in range(x.size):
-        d = load(x, i) - pivot
+        d = keep(mask, i, activate(before, x, load(x, i)) - pivot)
         s += d
         q += d * d
     return s, q
 
 
+@PLAIN
+def affine(x, mean, scale, w, b, residual, mask, before, after, y):
+    """y = after((u - mean) * scale * w + b + residual)"""
+    for i in range(x.size):
+        d = activate(before, x, load(x, i)) - at(mean, i)
+        z = plus(plus(times(d * at(scale, i), w, i), b, i), residual, i)
+        store(y, i, keep(mask, i, activate(after, y, z)))
+
+
+@PLAIN
+def gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after):
+    """(u - mean, t) of one element, 0 where it does not count: z is found again as in `affine`, and t = dy * after'(z)
+    is its gradient."""
+    d = keep(mask, i, activate(before, x, load(x, i)) - at(mean, i))
+    z = plus(plus(times(d * at(scale, i), w, i), b, i), residual, i)
+    return d, keep(mask, i, load(dy, i) * slope(after, dy, z))
+
+
 @REDUCE
-def backward_sums(dy, x, pivot):
-    """sum(dy), sum(dy * (x - pivot))"""
+def backward_sums(dy, x, mean, scale, w, b, residual, mask, before, after, weights):
+    """sum(t * weights), sum(t * weights * (u - mean)); without `weights` sum(t), sum(t * (u - mean))"""
     s = 0.0
     q = 0.0
     for i in range(x.size):
-        t = load(dy, i)
+        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+        t = times(t, weights, i)
         s += t
-        q += t * (load(x, i) - pivot)
-    return s, q
-
-
-@REDUCE
-def weighted_backward_sums(dy, x, w, pivot):
-    """sum(w * dy), sum(w * dy * (x - pivot))"""
-    s = 0.0
-    q = 0.0
-    for i in range(x.size):
-        t = load(dy, i) * w[i]
-        s += t
-        q += t * (load(x, i) - pivot)
+        q += t * d
     return s, q
 
 
 @PLAIN
-def affine(x, mean, scale, shift, y):
+def add_backward_row(dy, x, mean, scale, w, b, residual, mask, before, after, weights, s, q):
+    """`backward_sums` of every column on its own."""
     for i in range(x.size):
-        store(y, i, (load(x, i) - mean) * scale + shift)
+        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+        t = times(t, weights, i)
+        s[i] += t
+        q[i] += t * d
 
 
 @PLAIN
-def affine_along(x, mean, rstd, w, b, y):
+def add_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after, dw, db):
+    """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = (u - mean) * scale."""
     for i in range(x.size):
-        store(y, i, (load(x, i) - mean) * rstd * w[i] + b[i])
-
-
-@PLAIN
-def backward_affine(dy, x, mean, a, k1, k2, dx):
-    for i in range(x.size):
-        store(dx, i, load(dy, i) * a - (load(x, i) - mean) * k2 - k1)
-
-
-@PLAIN
-def backward_affine_along(dy, x, w, mean, a, k1, k2, dx):
-    for i in range(x.size):
-        store(dx, i, load(dy, i) * w[i] * a - (load(x, i) - mean) * k2 - k1)
-
-
-@PLAIN
-def add_param_grads(dy, x, mean, rstd, dw, db):
-    for i in range(x.size):
-        t = load(dy, i)
-        dw[i] += t * ((load(x, i) - mean) * rstd)
+        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+        dw[i] += t * (d * at(scale, i))
         db[i] += t
+
+
+@REDUCE
+def row_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after):
+    """Where one weight and one bias serve the whole row: sum(t * xhat), sum(t)"""
+    s = 0.0
+    q = 0.0
+    for i in range(x.size):
+        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+        s += t
+        q += t * (d * at(scale, i))
+    return q, s
+
+
+@PLAIN
+def backward_affine(dy, x, mean, scale, w, b, residual, mask, before, after, k1, k2, addend, dz, dx):
+    """dx = (t * scale * w - (u - mean) * k2 - k1) * before'(x) + addend, and dz = t"""
+    for i in range(x.size):
+        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+        store(dz, i, t)
+        du = times(t * at(scale, i), w, i) - d * at(k2, i) - at(k1, i)
+        store(dx, i, plus(keep(mask, i, du * slope(before, x, load(x, i))), addend, i))
+
+
+# ---- rows of what may be None ----------------------------------------------------------------------------------------
+# A mask has the axes of x, each 1 or full. Where its row has length 1, one of two constant rows stands for it.
+
+
+@optional(lambda mask, size: None)
+def constant_rows(mask, size):
+    """A row of zeros and one of ones, for a mask that has no row of that length."""
+    rows = np.zeros((2, size), np.uint8)
+    rows[1] = 1
+    return rows
+
+
+@optional(lambda mask, constant, i, k, j, m: None)
+def mask_run(mask, constant, i, k, j, m):
+    """The row of a mask (n, r, g, c, s) for one run."""
+    row = mask[
+        i if mask.shape[0] > 1 else 0,
+        k if mask.shape[1] > 1 else 0,
+        j if mask.shape[2] > 1 else 0,
+        m if mask.shape[3] > 1 else 0,
+    ]
+    return row if row.size == constant.shape[1] else constant[1 if row[0] else 0]
+
+
+@optional(lambda mask, constant, i, k, begin, end: None)
+def mask_row(mask, constant, i, k, begin, end):
+    """The part of a mask (n, r, w) for one row of columns."""
+    row = mask[i if mask.shape[0] > 1 else 0, k if mask.shape[1] > 1 else 0]
+    return row[begin:end] if row.size > 1 else constant[1 if row[0] else 0, : end - begin]
+
+
+@PLAIN
+def param_run(param, k, j, m):
+    """The row of a parameter (r or 1, g, c, s or 1) for one run."""
+    return param[k if param.shape[0] > 1 else 0, j, m]
+
+
+@optional(lambda array, i, k, j, m: None)
+def run_of(array, i, k, j, m):
+    return array[i, k, j, m]
+
+
+@optional(lambda array, i, k, begin, end: None)
+def row_of(array, i, k, begin, end):
+    return array[i, k, begin:end]
+
+
+@optional(lambda row, begin, end: None)
+def part_of(row, begin, end):
+    return row[begin:end]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+@optional(lambda mask, constant, before, x, i, j: whole_group(x, before, i, j))
+def group_start(mask, constant, before, x, i, j):
+    """(elements that count, u of the first of them) in the group (n, g) = (i, j)."""
+    count = 0
+    pivot = 0.0
+    for k in range(x.shape[1]):
+        for m in range(x.shape[3]):
+            found, first = valid_in(mask_run(mask, constant, i, k, j, m))
+            if count == 0 and found:
+                pivot = activate(before, x[i, k, j, m], load(x[i, k, j, m], first))
+            count += found
+    return np.float64(count), pivot
+
+
 @PLAIN
-def group_sums(x, i, j, pivot):
-    """`sums` over the group (n, g) = (i, j)."""
+def whole_group(x, before, i, j):
+    """`group_start` without a mask."""
+    count = x.shape[1] * x.shape[3] * x.shape[4]
+    return np.float64(count), activate(before, x[i, 0, j, 0], load(x[i, 0, j, 0], 0))
+
+
+@PLAIN
+def group_sums(x, mask, constant, before, i, j, pivot):
+    """`sums` over the group (i, j)."""
     s = 0.0
     q = 0.0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            ds, dq = sums(x[i, k, j, m], pivot)
+            ds, dq = sums(x[i, k, j, m], pivot, mask_run(mask, constant, i, k, j, m), before)
             s += ds
             q += dq
     return s, q
 
 
 @PLAIN
-def group_moments(x, i, j, center, eps, p, stats):
+def group_moments(x, mask, constant, before, i, j, center, eps, p, stats):
     """Statistics of the group (i, j) into stats[:, p]; without centring about zero."""
-    n = np.float64(x.shape[1] * x.shape[3] * x.shape[4])
-    pivot = load(x[i, 0, j, 0], 0) if center else 0.0
-    s, q = group_sums(x, i, j, pivot)
+    n, first = group_start(mask, constant, before, x, i, j)
+    stats[COUNT, p] = n
+    if n == 0.0:
+        stats[:, p] = 0.0
+        return
+    pivot = first if center else 0.0
+    s, q = group_sums(x, mask, constant, before, i, j, pivot)
     if center and not s * s <= POOR_PIVOT * n * (q - s * s / n):
         pivot += s / n
-        s, q = group_sums(x, i, j, pivot)
+        s, q = group_sums(x, mask, constant, before, i, j, pivot)
     shift = s / n if center else 0.0
     mean = pivot + shift
     m2 = q - s * shift if center else q
@@ -134,49 +253,63 @@ def group_moments(x, i, j, center, eps, p, stats):
     stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] / n + eps)
 
 
+@optional(lambda source, addend, total, i, j: None)
+def add_group(source, addend, total, i, j):
+    for k in range(source.shape[1]):
+        for m in range(source.shape[3]):
+            add_rows(source[i, k, j, m], addend[i, k, j, m], total[i, k, j, m])
+
+
 @PLAIN
-def runs_forward(chunk, groups, x, w, b, center, eps, find, stats, y):
-    """Groups [chunk*groups, ...): statistics where `find` asks, then y, unless it is empty, while x is in the cache."""
-    n, r, g, c, _ = x.shape
+def runs_forward(
+    chunk, groups, x, w, b, center, eps, find, stats, residual, mask, before, after, source, addend, total, y
+):
+    """Groups [chunk*groups, ...): statistics where `find` asks, then y, unless it is empty, while x is in the cache.
+
+    Where `source` is not None, x is the memory of `total`, and total = source + addend comes first.
+    """
+    n, r, g, c, size = x.shape
+    constant = constant_rows(mask, size)
     for p in range(chunk * groups, min((chunk + 1) * groups, n * g)):
         i, j = p // g, p % g
+        add_group(source, addend, total, i, j)
         if find:
-            group_moments(x, i, j, center, eps, p, stats)
+            group_moments(x, mask, constant, before, i, j, center, eps, p, stats)
         if y.size:
             mean, rstd = stats[MEAN, p], stats[RSTD, p]
             for k in range(r):
                 for m in range(c):
-                    if w.shape[2] > 1:
-                        affine_along(x[i, k, j, m], mean, rstd, w[j, m], b[j, m], y[i, k, j, m])
+                    extra = run_of(residual, i, k, j, m), mask_run(mask, constant, i, k, j, m), before, after
+                    ws, bs = param_run(w, k, j, m), param_run(b, k, j, m)
+                    if ws.size > 1:
+                        affine(x[i, k, j, m], mean, rstd, ws, bs, *extra, y[i, k, j, m])
                     else:
-                        affine(x[i, k, j, m], mean, rstd * w[j, m, 0], b[j, m, 0], y[i, k, j, m])
+                        affine(x[i, k, j, m], mean, rstd * ws[0], None, bs[0], *extra, y[i, k, j, m])
 
 
 @PLAIN
-def group_backward_sums(dy, x, w, i, j, mean, rstd, dw, db):
-    """s1 = sum(w*dy), s2 = sum(w*dy*xhat) of the group (i, j); dw, db (g, c, s or 1), where not empty, grow."""
+def group_backward_sums(dy, x, w, b, residual, mask, constant, before, after, i, j, mean, rstd, dw, db):
+    """s1 = sum(w*t), s2 = sum(w*t*xhat) of the group (i, j); dw, db (r or 1, g, c, s or 1), where not empty, grow."""
     s1 = 0.0
     s2 = 0.0
-    for m in range(x.shape[3]):
-        if w.shape[2] > 1:
-            for k in range(x.shape[1]):
-                t1, t2 = weighted_backward_sums(dy[i, k, j, m], x[i, k, j, m], w[j, m], mean)
+    for k in range(x.shape[1]):
+        for m in range(x.shape[3]):
+            rows = dy[i, k, j, m], x[i, k, j, m]
+            extra = run_of(residual, i, k, j, m), mask_run(mask, constant, i, k, j, m), before, after
+            ws, bs = param_run(w, k, j, m), param_run(b, k, j, m)
+            if ws.size > 1:
+                t1, t2 = backward_sums(*rows, mean, rstd, ws, bs, *extra, ws)
+                if dw.size:
+                    add_param_grads(*rows, mean, rstd, ws, bs, *extra, param_run(dw, k, j, m), param_run(db, k, j, m))
                 s1 += t1
                 s2 += t2 * rstd
+            else:
+                t1, t2 = backward_sums(*rows, mean, rstd * ws[0], None, bs[0], *extra, None)
                 if dw.size:
-                    add_param_grads(dy[i, k, j, m], x[i, k, j, m], mean, rstd, dw[j, m], db[j, m])
-        else:
-            u1 = 0.0
-            u2 = 0.0
-            for k in range(x.shape[1]):
-                t1, t2 = backward_sums(dy[i, k, j, m], x[i, k, j, m], mean)
-                u1 += t1
-                u2 += t2 * rstd
-            if dw.size:
-                dw[j, m, 0] += u2
-                db[j, m, 0] += u1
-            s1 += w[j, m, 0] * u1
-            s2 += w[j, m, 0] * u2
+                    param_run(dw, k, j, m)[0] += t2 * rstd
+                    param_run(db, k, j, m)[0] += t1
+                s1 += ws[0] * t1
+                s2 += ws[0] * t2 * rstd
     return s1, s2
 
 
@@ -187,46 +320,60 @@ def runs_backward(
     dy,
     x,
     w,
-    stats,
+    b,
+    center,
+    fixed,
     find,
-    divisors,
+    stats,
     k,
+    residual,
+    mask,
+    before,
+    after,
+    addend,
     dw,
     db,
+    dz,
     dx,
 ):
-    """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db (chunks, g, c,
-    s or 1), a single share where each group is met once; then dx, unless it is empty, while dy and x are in the cache.
+    """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db (chunks, r or 1,
+    g, c, s or 1), a single share where each group is met once; then dx and dz, unless dx is empty, while dy and x are
+    in the cache.
 
-    `divisors` (2): what the two sums are divided by to become k1 and k2; a zero makes that coefficient zero.
+    The sums over the group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are
+    `fixed`.
     """
-    n, r, g, c, _ = x.shape
+    n, r, g, c, size = x.shape
+    constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
     for p in range(chunk * groups, min((chunk + 1) * groups, n * g)):
         i, j = p // g, p % g
-        mean, rstd = stats[MEAN, p], stats[RSTD, p]
+        mean, rstd, count = stats[MEAN, p], stats[RSTD, p], stats[COUNT, p]
         if find:
-            s1, s2 = group_backward_sums(dy, x, w, i, j, mean, rstd, dw[share], db[share])
-            k[K1, p] = s1 / divisors[K1] if divisors[K1] else 0.0
-            k[K2, p] = s2 / divisors[K2] if divisors[K2] else 0.0
+            s1, s2 = group_backward_sums(
+                dy, x, w, b, residual, mask, constant, before, after, i, j, mean, rstd, dw[share], db[share]
+            )
+            k[K1, p] = s1 / count if center and not fixed and count else 0.0
+            k[K2, p] = s2 / count if not fixed and count else 0.0
         if dx.size:
             k1 = k[K1, p] * rstd
             k2 = k[K2, p] * rstd * rstd
             for a in range(r):
                 for m in range(c):
-                    if w.shape[2] > 1:
-                        backward_affine_along(
-                            dy[i, a, j, m], x[i, a, j, m], w[j, m], mean, rstd, k1, k2, dx[i, a, j, m]
-                        )
+                    rows = dy[i, a, j, m], x[i, a, j, m]
+                    extra = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m), before, after
+                    last = k1, k2, run_of(addend, i, a, j, m), run_of(dz, i, a, j, m), dx[i, a, j, m]
+                    ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
+                    if ws.size > 1:
+                        backward_affine(*rows, mean, rstd, ws, bs, *extra, *last)
                     else:
-                        scale = rstd * w[j, m, 0]
-                        backward_affine(dy[i, a, j, m], x[i, a, j, m], mean, scale, k1, k2, dx[i, a, j, m])
+                        backward_affine(*rows, mean, rstd * ws[0], None, bs[0], *extra, *last)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
 # A chunk is a tile: rows [r0, r1) and columns [w0, w1) of samples [i0, i1), more than one sample where they are small.
-# `wr` and `br` hold parameters that lie along r and are empty where there are none; `share` is the row block, which is
-# the row of the partial sums that the chunk may write.
+# `share` is the row block, which is the row of the partial sums that the chunk may write. `wr` and `br`, where not
+# None, are parameters along r: (r, 1), or (r, c) where they lie along c too and columns are (g, c).
 
 
 @PLAIN
@@ -242,100 +389,143 @@ def tile_of(chunk, samples, rows, width, x):
 
 
 @PLAIN
-def add_row(x, pivot, s, q):
+def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
+    """pivot (n, w): u of the first element of each column that counts; count (n, w): 1 where there is one."""
+    i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    constant = constant_rows(mask, w1 - w0)
+    for i in range(i0, i1):
+        missing = w1 - w0
+        k = r0
+        while missing and k < r1:
+            row, valid = x[i, k, w0:w1], mask_row(mask, constant, i, k, w0, w1)
+            for j in range(row.size):
+                if valid[j] and count[i, w0 + j] == 0.0:
+                    pivot[i, w0 + j] = activate(before, row, load(row, j))
+                    count[i, w0 + j] = 1.0
+                    missing -= 1
+            k += 1
+
+
+@PLAIN
+def add_row(x, pivot, mask, before, s, q):
     for j in range(x.size):
-        d = load(x, j) - pivot[j]
+        d = keep(mask, j, activate(before, x, load(x, j)) - pivot[j])
         s[j] += d
         q[j] += d * d
 
 
+@optional(lambda mask, part, i, share, begin: None)
+def add_counts(mask, part, i, share, begin):
+    """The third plane of the partial sums; there is none without a mask."""
+    for j in range(mask.size):
+        part[2, i, share, begin + j] += 1.0 if mask[j] else 0.0
+
+
 @PLAIN
-def columns_sums(chunk, samples, rows, width, x, pivot, part):
-    """part (2, n, shares, w): sum(x - pivot) and sum((x - pivot)^2) down the tile's rows; pivot (n, w)."""
+def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, addend, total, part):
+    """part (3, n, shares, w): sum(u - pivot), sum((u - pivot)^2) and, with a mask, the count down the tile's rows.
+
+    pivot (n, w). `source` as for `runs_forward`.
+    """
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    constant = constant_rows(mask, w1 - w0)
     for i in range(i0, i1):
         s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], pivot[i, w0:w1]
-        s[:] = 0.0
-        q[:] = 0.0
+        part[:, i, share, w0:w1] = 0.0
         for k in range(r0, r1):
-            add_row(x[i, k, w0:w1], p, s, q)
+            add_rows(row_of(source, i, k, w0, w1), row_of(addend, i, k, w0, w1), row_of(total, i, k, w0, w1))
+            valid = mask_row(mask, constant, i, k, w0, w1)
+            add_row(x[i, k, w0:w1], p, valid, before, s, q)
+            add_counts(valid, part, i, share, w0)
+
+
+@optional(lambda wr, w: w)
+def period_of(wr, w):
+    """After how many columns the parameters along r begin anew."""
+    return w if wr.shape[1] == 1 else wr.shape[1]
 
 
 @PLAIN
-def apply_row(x, mean, a, b, y):
-    for j in range(x.size):
-        store(y, j, (load(x, j) - mean[j]) * a[j] + b[j])
-
-
-@PLAIN
-def apply_row_scaled(x, mean, a, b, scale, shift, y):
-    for j in range(x.size):
-        store(y, j, ((load(x, j) - mean[j]) * a[j] + b[j]) * scale + shift)
-
-
-@PLAIN
-def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, y):
-    """y = ((x - mean) * a + b) * wr + br; mean, a, b (n, w)."""
+def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, residual, mask, before, after, y):
+    """y = after(((u - mean) * a) * wr + b or br + residual); mean, a, b (n, w)."""
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    constant = constant_rows(mask, w1 - w0)
+    c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
-        m, scale, shift = mean[i, w0:w1], a[i, w0:w1], b[i, w0:w1]
         for k in range(r0, r1):
-            if wr.size:
-                apply_row_scaled(x[i, k, w0:w1], m, scale, shift, wr[k], br[k], y[i, k, w0:w1])
-            else:
-                apply_row(x[i, k, w0:w1], m, scale, shift, y[i, k, w0:w1])
+            valid = mask_row(mask, constant, i, k, w0, w1)
+            j = w0
+            while j < w1:
+                e = min(w1, (j // c + 1) * c)
+                row, m, scale, out = x[i, k, j:e], mean[i, j:e], a[i, j:e], y[i, k, j:e]
+                extra = row_of(residual, i, k, j, e), part_of(valid, j - w0, e - w0), before, after
+                if wr is None:
+                    affine(row, m, scale, None, b[i, j:e], *extra, out)
+                elif wr.shape[1] == 1:
+                    affine(row, m, scale, wr[k, 0], br[k, 0], *extra, out)
+                else:
+                    affine(row, m, scale, wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j], *extra, out)
+                j = e
 
 
 @PLAIN
-def add_backward_row(dy, x, mean, scale, s, q):
-    for j in range(x.size):
-        t = load(dy, j) * scale
-        s[j] += t
-        q[j] += t * (load(x, j) - mean[j])
-
-
-@REDUCE
-def row_param_grads(dy, x, mean, rstd):
-    """sum(dy * xhat), sum(dy) along one row."""
-    s = 0.0
-    q = 0.0
-    for j in range(x.size):
-        t = load(dy, j)
-        s += t
-        q += t * ((load(x, j) - mean[j]) * rstd[j])
-    return q, s
-
-
-@PLAIN
-def columns_backward_sums(chunk, samples, rows, width, dy, x, mean, rstd, wr, part, dwr):
-    """part (2, n, shares, w): sum(wr * dy) and sum(wr * dy * (x - mean)) down the tile's rows; dwr (2, n, tiles, r),
-    where not empty: each row's sum(dy * xhat) and sum(dy) along the tile."""
+def columns_backward_sums(
+    chunk, samples, rows, width, dy, x, mean, a, b, wr, br, residual, mask, before, after, part, dwr
+):
+    """part (2, n, shares, w): sum(wr * t) and sum(wr * t * (u - mean)) down the tile's rows; dwr (2, n, tiles, r, 1 or
+    c), where not empty: each row's sum(t * xhat) and sum(t) along the tile."""
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    constant = constant_rows(mask, w1 - w0)
+    c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
-        s, q, m = part[0, i, share, w0:w1], part[1, i, share, w0:w1], mean[i, w0:w1]
-        s[:] = 0.0
-        q[:] = 0.0
+        part[:, i, share, w0:w1] = 0.0
         for k in range(r0, r1):
-            scale = wr[k] if wr.size else 1.0
-            add_backward_row(dy[i, k, w0:w1], x[i, k, w0:w1], m, scale, s, q)
-            if dwr.size:
-                t1, t2 = row_param_grads(dy[i, k, w0:w1], x[i, k, w0:w1], m, rstd[i, w0:w1])
-                dwr[0, i, w0 // width, k] = t1
-                dwr[1, i, w0 // width, k] = t2
+            valid = mask_row(mask, constant, i, k, w0, w1)
+            j = w0
+            while j < w1:
+                e = min(w1, (j // c + 1) * c)
+                s, q = part[0, i, share, j:e], part[1, i, share, j:e]
+                rows_ = dy[i, k, j:e], x[i, k, j:e], mean[i, j:e], a[i, j:e]
+                extra = row_of(residual, i, k, j, e), part_of(valid, j - w0, e - w0), before, after
+                if wr is None:
+                    add_backward_row(*rows_, None, b[i, j:e], *extra, None, s, q)
+                elif wr.shape[1] == 1:
+                    add_backward_row(*rows_, wr[k, 0], br[k, 0], *extra, wr[k, 0], s, q)
+                    if dwr.size:
+                        t1, t2 = row_param_grads(*rows_, wr[k, 0], br[k, 0], *extra)
+                        dwr[0, i, w0 // width, k, 0] = t1
+                        dwr[1, i, w0 // width, k, 0] = t2
+                else:
+                    u, v = j % c, j % c + e - j
+                    add_backward_row(*rows_, wr[k, u:v], br[k, u:v], *extra, wr[k, u:v], s, q)
+                    if dwr.size:
+                        grads = dwr[0, i, w0 // width, k, u:v], dwr[1, i, w0 // width, k, u:v]
+                        add_param_grads(*rows_, wr[k, u:v], br[k, u:v], *extra, *grads)
+                j = e
 
 
 @PLAIN
-def backward_row(dy, x, mean, a, scale, k1, k2, dx):
-    for j in range(x.size):
-        store(dx, j, load(dy, j) * (a[j] * scale) - (load(x, j) - mean[j]) * k2[j] - k1[j])
-
-
-@PLAIN
-def columns_backward_apply(chunk, samples, rows, width, dy, x, mean, a, k1, k2, wr, dx):
-    """dx = dy * a * wr - (x - mean) * k2 - k1; mean, a, k1, k2 (n, w)."""
+def columns_backward_apply(
+    chunk, samples, rows, width, dy, x, mean, a, b, wr, br, k1, k2, residual, mask, before, after, addend, dz, dx
+):
+    """dx = (t * a * wr - (u - mean) * k2 - k1) * before'(x) + addend, dz = t; mean, a, b, k1, k2 (n, w)."""
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
+    constant = constant_rows(mask, w1 - w0)
+    c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
-        m, scale, c1, c2 = mean[i, w0:w1], a[i, w0:w1], k1[i, w0:w1], k2[i, w0:w1]
         for k in range(r0, r1):
-            share = wr[k] if wr.size else 1.0
-            backward_row(dy[i, k, w0:w1], x[i, k, w0:w1], m, scale, share, c1, c2, dx[i, k, w0:w1])
+            valid = mask_row(mask, constant, i, k, w0, w1)
+            j = w0
+            while j < w1:
+                e = min(w1, (j // c + 1) * c)
+                rows_ = dy[i, k, j:e], x[i, k, j:e], mean[i, j:e], a[i, j:e]
+                extra = row_of(residual, i, k, j, e), part_of(valid, j - w0, e - w0), before, after
+                last = k1[i, j:e], k2[i, j:e], row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
+                if wr is None:
+                    backward_affine(*rows_, None, b[i, j:e], *extra, *last)
+                elif wr.shape[1] == 1:
+                    backward_affine(*rows_, wr[k, 0], br[k, 0], *extra, *last)
+                else:
+                    u, v = j % c, j % c + e - j
+                    backward_affine(*rows_, wr[k, u:v], br[k, u:v], *extra, *last)
+                j = e

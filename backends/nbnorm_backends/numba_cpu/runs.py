@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nbnorm_backends.numba_cpu import kernels
 from nbnorm_backends.numba_cpu.elements import carried
+from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.pool import Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -21,19 +22,21 @@ def forward(
     x: Array,
     weight: Array | None,
     bias: Array | None,
+    options: Options,
     *,
     center: bool,
     eps: float,
     find: bool,
     stats: Array,
+    joined: Joined,
     y: Array,
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
-    shape = _param_shape(x, weight, bias)
+    shape = _param_shape(weight, bias)
     w, b = _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
     groups = _groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
-    args = groups, _runs(x), w, b, center, eps, find, stats, _runs(y)
+    args = groups, _runs(x), w, b, center, eps, find, stats, *_options(x, options), *map(_optional, joined), _runs(y)
     scheduler.run(kernels.runs_forward, chunks, args, parallel=x.size > TUNING.serial)
 
 
@@ -42,16 +45,22 @@ def backward(
     dy: Array,
     x: Array,
     weight: Array | None,
+    bias: Array | None,
+    options: Options,
     *,
     stats: Array,
+    center: bool,
+    fixed: bool,
     find: bool,
-    divisors: Array,
     coefficients: Array,
     param_shape: tuple[int, ...] | None,
+    addend: Array | None,
+    dz: Array | None,
     dx: Array,
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
-    w = _param(x, weight, param_shape or _param_shape(x, weight, None), 1.0)
+    shape = param_shape or _param_shape(weight, bias)
+    w, b = _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
     groups = _groups_per_chunk(x)
     once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
     if param_shape is not None and not once:
@@ -59,9 +68,10 @@ def backward(
         groups = max(groups, math.ceil(stats.shape[1] / most))
     chunks = math.ceil(stats.shape[1] / groups)
     shares = 0 if param_shape is None else 1 if once else chunks
-    grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0, 0, 0))))
-    args = groups, _runs(dy), _runs(x), w, stats, find, divisors, coefficients, grads[0], grads[1], _runs(dx)
-    scheduler.run(kernels.runs_backward, chunks, args, parallel=x.size > TUNING.serial)
+    grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0, 0, 0, 0))))
+    args = groups, _runs(dy), _runs(x), w, b, center, fixed, find, stats, coefficients, *_options(x, options)
+    outputs = _optional(addend), grads[0], grads[1], _optional(dz), _runs(dx)
+    scheduler.run(kernels.runs_backward, chunks, (*args, *outputs), parallel=x.size > TUNING.serial)
     if param_shape is None:
         return None, None
     dweight, dbias = (_five_axes(grad.sum(axis=0), x, param_shape) for grad in grads)
@@ -74,30 +84,41 @@ def _runs(array: Array) -> Array:
     return view.swapaxes(3, 4) if array.shape[4] == 1 else view
 
 
+def _optional(array: Array | None) -> Array | None:
+    return None if array is None else _runs(array)
+
+
+def _options(x: Array, options: Options) -> tuple[Any, ...]:
+    """residual, mask, before, after, as kernels take them."""
+    mask = options.mask
+    if mask is not None and x.shape[4] == 1:
+        mask = mask.swapaxes(3, 4)
+    return _optional(options.residual), mask, options.before, options.after
+
+
 def _groups_per_chunk(x: Array) -> int:
     group: int = x.shape[1] * x.shape[3] * x.shape[4]
     return max(1, TUNING.chunk // group)
 
 
-def _param_shape(x: Array, weight: Array | None, bias: Array | None) -> tuple[int, ...]:
+def _param_shape(weight: Array | None, bias: Array | None) -> tuple[int, ...]:
     given = weight if weight is not None else bias
     return (1, 1, 1, 1, 1) if given is None else given.shape
 
 
 def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
-    """A parameter as kernels take it: float64 (g, c, 1) where it is constant along a run, else (g, 1, s)."""
+    """A parameter as kernels take it: float64 (r or 1, g, c, s or 1), with s as the run is."""
     five = np.full(shape, absent) if param is None else param.astype(np.float64, order="C")
     c = x.shape[3]
     if x.shape[4] == 1:
         five, c = five.swapaxes(3, 4), 1
-    full = x.shape[2], c, five.shape[4]
-    found = five[0, 0]
-    return found if found.shape == full else np.array(np.broadcast_to(found, full), order="C")
+    full = five.shape[1], x.shape[2], c, five.shape[4]
+    return five[0] if five.shape[1:] == full else np.array(np.broadcast_to(five[0], full), order="C")
 
 
 def _five_axes(grad: Array, x: Array, param_shape: tuple[int, ...]) -> Array:
-    """A gradient (g, c, s or 1) in the shape of its parameter, summed over the axes that the parameter lacks."""
-    five = grad[None, None]
+    """A gradient (r or 1, g, c, s or 1) in the shape of its parameter, summed over axes that it lacks."""
+    five = grad[None]
     if x.shape[4] == 1:
         five = five.swapaxes(3, 4)
     lacking = tuple(axis for axis in range(5) if param_shape[axis] == 1)
