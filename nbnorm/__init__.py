@@ -6,9 +6,11 @@ from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback
 from nbnorm.errors import BackendError
 from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
-from nbnorm.ops import batch_norm, explain, group_norm, instance_norm, layer_norm, moments, rms_norm, vjp
+from nbnorm.operation import explain, vjp
+from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
 from nbnorm.statistics import Moments
 from nbnorm.welford import Welford
+from nbnorm.whole import local_response_norm, normalize
 
 __version__ = "0.1.0"
 
@@ -31,7 +33,9 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "local_response_norm",
     "moments",
+    "normalize",
     "rms_norm",
     "trace",
     "use_backend",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import layout
-from nbnorm.arrays import HALF, Array, adapter_of, float_view
+from nbnorm.arrays import HALF, Array, adapter_of, float_view, overlap
 from nbnorm.backend import ACTIVATIONS, ORDERS, Backend
 from nbnorm.checks import check_flag, check_index, check_number
 from nbnorm.engine import Call, Operand, Running
@@ -127,21 +127,14 @@ def _long_strides(array: NDArray[Any]) -> list[int]:
 
 def _check_memory_of_its_own(name: str, view: NDArray[Any]) -> None:
     """ValueError unless the strides keep all elements apart: each axis steps over all that the smaller ones reach."""
+    if not view.size:
+        return  # NumPy gives an empty array strides of 0
     reach = view.itemsize
     axes = sorted((abs(stride), length) for length, stride in zip(view.shape, view.strides, strict=True) if length > 1)
     for stride, length in axes:
         if stride < reach:
             raise ValueError(f"{name} must have memory of its own for each element; got strides {view.strides}")
         reach += stride * (length - 1)
-
-
-def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # NumPy's stubs know only 0 and -1
-    except np.exceptions.TooHardError:
-        return True  # undecided within the work allowed: strides as tangled as that are refused
 
 
 def check_statistics(

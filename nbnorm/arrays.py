@@ -26,6 +26,16 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
     return view
 
 
+def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Whether two arrays share an element's memory."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # NumPy's stubs know only 0 and -1
+    except np.exceptions.TooHardError:
+        return True  # undecided within the work allowed: strides as tangled as that are refused
+
+
 class NumpyArrays:
     """numpy.ndarray and numpy.memmap. The other kinds derive from this one."""
 

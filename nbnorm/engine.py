@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import dispatch, layout
-from nbnorm.arrays import Array, NumpyArrays, float_view, read_only
+from nbnorm.arrays import Array, NumpyArrays, float_view, overlap, read_only
 from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, masked_rstd, reciprocal_std
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
@@ -85,6 +85,12 @@ class Call:
 
     def vjp(self) -> tuple[Any, Pullback]:
         """The result of `forward`, and the function that maps its gradient to those of the inputs."""
+        if self.op == "moments":
+            raise TypeError("op must be a norm to be differentiated; got nbnorm.moments")
+        if self.out is not None:
+            for name, operand in (("x", self.x), ("residual", self.residual)):
+                if operand is not None and overlap(self.out.view, operand.view):
+                    raise ValueError(f"out must not overlap {name} under vjp: the gradient needs {name} as it was")
         result, ran = _run(self)
         return result, Pullback(self, ran)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nbnorm.arrays import DTYPES, Array, dtype_name
+from nbnorm.backend import Grads
 from nbnorm.checks import check_flag, check_index, check_length, check_number
-from nbnorm.engine import Pullback
-from nbnorm.ops import batch_norm, group_norm, layer_norm, vjp
+from nbnorm.operation import vjp
+from nbnorm.ops import batch_norm, group_norm, layer_norm
 
 State = dict[str, NDArray[Any]]
 
@@ -36,14 +37,14 @@ class _Layer(ABC):
         self.bias = np.zeros(shape, dtype) if affine else None
         self.training = True
         self.grads: dict[str, Array] = {}
-        self._pullback: Pullback | None = None
+        self._pullback: Callable[[Any], Grads] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the pullback: a copy of the layer, or a pickled one, begins before its first call."""
         return self.__dict__ | {"_pullback": None}
 
     @abstractmethod
-    def _forward(self, x: Array) -> tuple[Array, Pullback]:
+    def _forward(self, x: Array) -> tuple[Array, Callable[[Any], Grads]]:
         """The result and its pullback, in the layer's mode."""
 
     def __call__(self, x: Array) -> Array:
@@ -158,7 +159,7 @@ class BatchNorm(_Layer):
         self.running_var = np.ones(num_features, dtype)
         self.num_batches_tracked = np.array(0, np.int64)
 
-    def _forward(self, x: Array) -> tuple[Array, Pullback]:
+    def _forward(self, x: Array) -> tuple[Array, Callable[[Any], Grads]]:
         result = vjp(
             batch_norm,
             x,
@@ -226,7 +227,7 @@ class LayerNorm(_Layer):
         super().__init__(self.normalized_shape, affine, dtype)
         self.eps = check_number("eps", eps)
 
-    def _forward(self, x: Array) -> tuple[Array, Pullback]:
+    def _forward(self, x: Array) -> tuple[Array, Callable[[Any], Grads]]:
         return vjp(layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -276,5 +277,5 @@ class GroupNorm(_Layer):
         super().__init__((channels,), affine, dtype)
         self.eps, self.channel_axis = check_number("eps", eps), check_index("channel_axis", channel_axis)
 
-    def _forward(self, x: Array) -> tuple[Array, Pullback]:
+    def _forward(self, x: Array) -> tuple[Array, Callable[[Any], Grads]]:
         return vjp(group_norm, x, self.num_groups, self.weight, self.bias, self.eps, channel_axis=self.channel_axis)

@@ -1,15 +1,12 @@
-"""The public operations: each checks its arguments and builds a `Call`; the engine does the rest."""
+"""The five norms and their statistics: each checks its arguments and builds a `Call`; the engine does the rest."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Sequence
 
 import numpy as np
 
-from nbnorm import dispatch, engine, layout
+from nbnorm import engine, layout
 from nbnorm.arguments import (
     check_axes,
     check_axis,
@@ -19,32 +16,16 @@ from nbnorm.arguments import (
     check_statistics,
     check_x,
     normalized_axes,
-    overlap,
 )
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend
 from nbnorm.checks import check_index, check_number
-from nbnorm.engine import Call, Pullback
+from nbnorm.engine import Call
+from nbnorm.operation import PREPARATIONS, operation
 from nbnorm.statistics import Moments
 
-P = ParamSpec("P")
-_prepare: dict[Callable[..., Any], Callable[..., Call]] = {}
 
-
-def _op(prepare: Callable[P, Call]) -> Callable[P, Any]:
-    """The public function that runs what `prepare` checked; `vjp` and `explain` find `prepare` through it."""
-
-    @functools.wraps(prepare)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return prepare(*args, **kwargs).forward()
-
-    run.__annotations__ = {**prepare.__annotations__, "return": "Array | tuple[Array, Moments]"}
-    run.__signature__ = inspect.signature(prepare).replace(return_annotation="Array | tuple[Array, Moments]")  # type: ignore[attr-defined]
-    _prepare[run] = prepare
-    return run
-
-
-@_op
+@operation
 def batch_norm(
     x: Array,
     running_mean: Array | None = None,
@@ -140,7 +121,7 @@ def batch_norm(
     return call
 
 
-@_op
+@operation
 def instance_norm(
     x: Array,
     running_mean: Array | None = None,
@@ -205,7 +186,7 @@ def instance_norm(
     return call
 
 
-@_op
+@operation
 def group_norm(
     x: Array,
     num_groups: int,
@@ -266,7 +247,7 @@ def group_norm(
     return check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
 
 
-@_op
+@operation
 def layer_norm(
     x: Array,
     normalized_shape: int | Sequence[int] | None = None,
@@ -326,7 +307,7 @@ def layer_norm(
     return check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
 
 
-@_op
+@operation
 def rms_norm(
     x: Array,
     normalized_shape: int | Sequence[int] | None = None,
@@ -440,73 +421,4 @@ def _prepare_moments(
     return Call("moments", operand, dtype, axes, mask=valid, backend=check_backend(backend))
 
 
-def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Pullback]:
-    """Run a norm and return its result with the function that takes gradients back through it.
-
-    Parameters
-    ----------
-    op : one of the norms, such as `nbnorm.batch_norm`
-    *args, **kwargs
-        Its arguments. `out` must not overlap x or residual.
-
-    Returns
-    -------
-    (result, pullback)
-        What `op` returns, and a function of dy that gives `Grads`. The inputs must not change before it runs.
-
-    Raises
-    ------
-    ValueError, TypeError, BackendError
-        As `op` does; TypeError when `op` is not a norm.
-
-    Examples
-    --------
-    >>> import numpy as np, nbnorm
-    >>> x, w = np.array([[1.0, 2.0, 4.0]]), np.ones(3)
-    >>> y, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 3, weight=w)
-    >>> grads = pullback(np.array([[1.0, 0.0, 0.0]]))
-    >>> grads.weight.round(4).tolist(), grads.bias
-    ([-1.069, 0.0, 0.0], None)
-    """
-    call = _prepared(op, _prepare, args, kwargs)
-    if call.out is not None:
-        for name, operand in (("x", call.x), ("residual", call.residual)):
-            if operand is not None and overlap(call.out.view, operand.view):
-                raise ValueError(f"out must not overlap {name} under vjp: the gradient needs {name} as it was")
-    return call.vjp()
-
-
-def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Decision:
-    """Which backend would run a call, from which source, and why the others would not; nothing is run.
-
-    Parameters
-    ----------
-    op : one of the norms, such as `nbnorm.batch_norm`, or `nbnorm.moments`
-    *args, **kwargs
-        Its arguments, which are checked as in a call.
-
-    Returns
-    -------
-    Decision
-
-    Examples
-    --------
-    >>> import numpy as np, nbnorm
-    >>> x = np.zeros((4, 3), np.float32)
-    >>> print(nbnorm.explain(nbnorm.layer_norm, x, 3, backend="numpy"))
-    layer_norm on cpu, float32: numpy (named by backend=)
-    """
-    return _prepared(op, _prepare | {moments: _prepare_moments}, args, kwargs).explain()
-
-
-def _prepared(
-    op: Callable[..., Any],
-    preparations: dict[Callable[..., Any], Callable[..., Call]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Call:
-    prepare = preparations.get(op) if callable(op) else None
-    if prepare is None:
-        known = ", ".join(f"nbnorm.{run.__name__}" for run in preparations)
-        raise TypeError(f"op must be one of {known}; got {op!r}")
-    return prepare(*args, **kwargs)
+PREPARATIONS[moments] = _prepare_moments

@@ -223,12 +223,15 @@ def _check_backward(backend: Backend, case: Case, dtype: str, center: bool, labe
 
 def _check_activation(backend: Backend, case: Case, dtype: str, center: bool, label: str) -> None:
     """One activation, which one depends on the case, on top of the backend's own norm and gradient; and with a half
-    type, parameters in float32."""
+    type, parameters in float32. Every sixth pair of case and dtype: a backend may compile anew for each of them."""
+    place = CASES.index(case)
+    if (place + 5 * tuple(TOLERANCE).index(dtype)) % 6:
+        return
     x, weight, bias, dy = _data(case, dtype)
     if dtype in HALF:
         weight, bias = weight.astype(np.float32), bias.astype(np.float32)
-    name = ACTIVATIONS[sum(case.name.encode()) % len(ACTIVATIONS)]
-    reason = backend.reject(case.request(dtype, center, backend.device)._replace(activation=name))
+    name = ACTIVATIONS[place % len(ACTIVATIONS)]
+    reason = backend.reject(case.request(dtype, center, backend.device)._replace(activation=name, order="norm_act"))
     if reason is not None:
         return
     mean, m2 = _reference_moments(x, center)

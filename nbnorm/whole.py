@@ -6,7 +6,7 @@ A backend has them or refuses them. It sees x as three axes (outer, axis, inner)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine, layout
-from nbnorm.arguments import check_axes, check_axis, check_backend, check_like, check_out, check_x, overlap
-from nbnorm.arrays import Array, read_only
+from nbnorm.arguments import check_axes, check_axis, check_backend, check_like, check_out, check_x
+from nbnorm.arrays import Array, overlap, read_only
 from nbnorm.backend import Backend, Grads, Request
 from nbnorm.checks import check_length, check_number
 from nbnorm.engine import Call, Placed
+from nbnorm.operation import PREPARATIONS
 
 
 def local_response_norm(
@@ -168,10 +169,8 @@ def _prepare_normalize(
     return WholeCall(_with_out(call, out), (_check_order(p), least))
 
 
-PREPARATIONS: dict[Callable[..., Any], Callable[..., WholeCall]] = {
-    local_response_norm: _prepare_local_response_norm,
-    normalize: _prepare_normalize,
-}
+PREPARATIONS[local_response_norm] = _prepare_local_response_norm
+PREPARATIONS[normalize] = _prepare_normalize
 
 
 def _check_order(p: Any) -> float:

@@ -18,9 +18,8 @@ from nbnorm_backends.numpy_ref import NumpyBackend
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_backend_conforms(backend: str, dtype: str) -> None:
     report = testing.check_backend(registry.load(backend), dtypes=(dtype,))
-    unfused = "weight and bias lie on both sides of the kept axes in memory, which is not fused"
-    assert {reason for _, reason in report.refused} <= ({unfused} if backend == "numba" else set())
-    assert report.checked + len(report.refused) == 2 * len(testing.CASES)
+    assert report.refused == ()
+    assert report.checked == 2 * len(testing.CASES)
 
 
 class Float32Statistics(NumpyBackend):

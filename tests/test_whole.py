@@ -321,6 +321,21 @@ def test_zeros_stay_zeros_and_warn_of_nothing(backend: str) -> None:
     np.testing.assert_array_equal(pullback(np.ones_like(x)).x, 1.0)
 
 
+def test_gradients_have_a_value_where_powers_have_none(backend: str) -> None:
+    """A norm below eps is a constant, whatever its slope; 0**0 is 1, and so is a constant."""
+    tiny, dy = np.full((2, 3), 1e-200), np.ones((2, 3))
+    for axis in (0, 1):
+        _, pullback = nbnorm.vjp(nbnorm.normalize, tiny, -2.5, axis, 0.5, backend=backend)
+        np.testing.assert_array_equal(pullback(dy).x, 2.0)
+    far_apart, zeros = np.array([[1e-300, 1e200]]), np.zeros((2, 3))
+    for turned, axis in ((far_apart, 1), (np.repeat(far_apart.T, 2, 1), 0)):
+        _, pullback = nbnorm.vjp(nbnorm.normalize, turned, 0.5, axis, backend=backend)
+        assert not pullback(np.zeros(turned.shape)).x.any()
+    y, pullback = nbnorm.vjp(nbnorm.local_response_norm, zeros, 3, 1.0, 0.0, 0.0, backend=backend)
+    assert not y.any()
+    np.testing.assert_array_equal(pullback(dy).x, 1.0)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -534,6 +549,37 @@ def test_whole_ops_are_had_or_refused(backend: str) -> None:
         nbnorm.local_response_norm(x, 3, backend=NormsOnly())
     decision = nbnorm.explain(nbnorm.local_response_norm, x, 3, backend=NormsOnly())
     assert decision.chosen is None
+
+
+class Strict(NumpyBackend):
+    """Checks that it gets what the contract says."""
+
+    name = "strict"
+
+    def normalize(self, x: Any, p: float, eps: float, *, out: Any = None) -> Any:
+        assert out is None or (out.flags.c_contiguous and out.flags.writeable and out.shape == x.shape)
+        return super().normalize(self.checked(x), p, eps, out=out)
+
+    def normalize_backward(self, dy: Any, x: Any, p: float, eps: float) -> Any:
+        assert self.checked(dy).flags.c_contiguous
+        assert dy.shape == x.shape
+        return super().normalize_backward(dy, self.checked(x), p, eps)
+
+    def checked(self, array: Any) -> Any:
+        assert array.ndim == 3
+        assert array.dtype.isnative
+        assert array.flags.aligned
+        assert not array.flags.writeable
+        return array
+
+
+def test_backends_get_what_the_contract_says() -> None:
+    x, dy = data((3, 6, 4, 2))
+    for axis, (name, array) in itertools.product((1, (0, 3), (2, 3)), layouts(x).items()):
+        out = np.empty_like(array) if name != "broadcast" else None
+        y, pullback = nbnorm.vjp(nbnorm.normalize, array, axis=axis, out=out, backend=Strict())
+        dx = pullback(layouts(dy)[name]).x
+        assert y.shape == dx.shape == x.shape
 
 
 X = np.random.default_rng(0).normal(size=(4, 6, 5)).astype("f4")

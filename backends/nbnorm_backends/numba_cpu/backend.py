@@ -19,6 +19,7 @@ from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
 from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
 from nbnorm_backends.numba_cpu.threads import thread_count
+from nbnorm_backends.numba_cpu.whole import WholeOps
 
 Array = NDArray[Any]
 OPTIONLESS = options_of(None, PLAIN)
@@ -28,7 +29,7 @@ OPTIONLESS = options_of(None, PLAIN)
 hold_over_fork(global_compiler_lock)
 
 
-class NumbaBackend(Backend):
+class NumbaBackend(WholeOps, Backend):
     """Fused forward and backward on the CPU. The four smaller methods run the same kernels, one half at a time."""
 
     name = "numba"

@@ -197,7 +197,14 @@ def part_of(row, begin, end):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-@optional(lambda mask, constant, before, x, i, j: whole_group(x, before, i, j))
+@PLAIN
+def group_size(x):
+    return np.float64(x.shape[1] * x.shape[3] * x.shape[4])
+
+
+@optional(
+    lambda mask, constant, before, x, i, j: (group_size(x), activate(before, x[i, 0, j, 0], load(x[i, 0, j, 0], 0)))
+)
 def group_start(mask, constant, before, x, i, j):
     """(elements that count, u of the first of them) in the group (n, g) = (i, j)."""
     count = 0
@@ -209,13 +216,6 @@ def group_start(mask, constant, before, x, i, j):
                 pivot = activate(before, x[i, k, j, m], load(x[i, k, j, m], first))
             count += found
     return np.float64(count), pivot
-
-
-@PLAIN
-def whole_group(x, before, i, j):
-    """`group_start` without a mask."""
-    count = x.shape[1] * x.shape[3] * x.shape[4]
-    return np.float64(count), activate(before, x[i, 0, j, 0], load(x[i, 0, j, 0], 0))
 
 
 @PLAIN
@@ -279,12 +279,12 @@ def runs_forward(
             mean, rstd = stats[MEAN, p], stats[RSTD, p]
             for k in range(r):
                 for m in range(c):
-                    extra = run_of(residual, i, k, j, m), mask_run(mask, constant, i, k, j, m), before, after
-                    ws, bs = param_run(w, k, j, m), param_run(b, k, j, m)
+                    xs, ys, rs = x[i, k, j, m], y[i, k, j, m], run_of(residual, i, k, j, m)
+                    ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
                     if ws.size > 1:
-                        affine(x[i, k, j, m], mean, rstd, ws, bs, *extra, y[i, k, j, m])
+                        affine(xs, mean, rstd, ws, bs, rs, ms, before, after, ys)
                     else:
-                        affine(x[i, k, j, m], mean, rstd * ws[0], None, bs[0], *extra, y[i, k, j, m])
+                        affine(xs, mean, rstd * ws[0], None, bs[0], rs, ms, before, after, ys)
 
 
 @PLAIN
@@ -294,17 +294,17 @@ def group_backward_sums(dy, x, w, b, residual, mask, constant, before, after, i,
     s2 = 0.0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            rows = dy[i, k, j, m], x[i, k, j, m]
-            extra = run_of(residual, i, k, j, m), mask_run(mask, constant, i, k, j, m), before, after
-            ws, bs = param_run(w, k, j, m), param_run(b, k, j, m)
+            dys, xs, rs = dy[i, k, j, m], x[i, k, j, m], run_of(residual, i, k, j, m)
+            ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
             if ws.size > 1:
-                t1, t2 = backward_sums(*rows, mean, rstd, ws, bs, *extra, ws)
+                t1, t2 = backward_sums(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, ws)
                 if dw.size:
-                    add_param_grads(*rows, mean, rstd, ws, bs, *extra, param_run(dw, k, j, m), param_run(db, k, j, m))
+                    dws, dbs = param_run(dw, k, j, m), param_run(db, k, j, m)
+                    add_param_grads(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, dws, dbs)
                 s1 += t1
                 s2 += t2 * rstd
             else:
-                t1, t2 = backward_sums(*rows, mean, rstd * ws[0], None, bs[0], *extra, None)
+                t1, t2 = backward_sums(dys, xs, mean, rstd * ws[0], None, bs[0], rs, ms, before, after, None)
                 if dw.size:
                     param_run(dw, k, j, m)[0] += t2 * rstd
                     param_run(db, k, j, m)[0] += t1
@@ -336,10 +336,10 @@ def runs_backward(
     dz,
     dx,
 ):
-    """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db (chunks, r or 1,
-    g, c, s or 1), a single share where each group is met once; then dx and dz, unless dx is empty, while dy and x are
-    in the cache.
+    """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db; then dx and
+    dz, unless dx is empty, while dy and x are in the cache.
 
+    dw, db (chunks, r or 1, g, c, s or 1), or one share in place of `chunks` where each group is met once.
     The sums over the group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are
     `fixed`.
     """
@@ -360,14 +360,15 @@ def runs_backward(
             k2 = k[K2, p] * rstd * rstd
             for a in range(r):
                 for m in range(c):
-                    rows = dy[i, a, j, m], x[i, a, j, m]
-                    extra = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m), before, after
-                    last = k1, k2, run_of(addend, i, a, j, m), run_of(dz, i, a, j, m), dx[i, a, j, m]
+                    dys, xs, dxs = dy[i, a, j, m], x[i, a, j, m], dx[i, a, j, m]
+                    rs, ms = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m)
                     ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
+                    ts, zs = run_of(addend, i, a, j, m), run_of(dz, i, a, j, m)
                     if ws.size > 1:
-                        backward_affine(*rows, mean, rstd, ws, bs, *extra, *last)
+                        backward_affine(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, k1, k2, ts, zs, dxs)
                     else:
-                        backward_affine(*rows, mean, rstd * ws[0], None, bs[0], *extra, *last)
+                        scale = rstd * ws[0]
+                        backward_affine(dys, xs, mean, scale, None, bs[0], rs, ms, before, after, k1, k2, ts, zs, dxs)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
@@ -452,20 +453,21 @@ def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, residual, 
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
-        for k in range(r0, r1):
-            valid = mask_row(mask, constant, i, k, w0, w1)
-            j = w0
-            while j < w1:
-                e = min(w1, (j // c + 1) * c)
-                row, m, scale, out = x[i, k, j:e], mean[i, j:e], a[i, j:e], y[i, k, j:e]
-                extra = row_of(residual, i, k, j, e), part_of(valid, j - w0, e - w0), before, after
+        j = w0
+        while j < w1:
+            e = min(w1, (j // c + 1) * c)
+            m, scale, shift = mean[i, j:e], a[i, j:e], b[i, j:e]
+            for k in range(r0, r1):
+                xs, ys, rs = x[i, k, j:e], y[i, k, j:e], row_of(residual, i, k, j, e)
+                ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
                 if wr is None:
-                    affine(row, m, scale, None, b[i, j:e], *extra, out)
+                    affine(xs, m, scale, None, shift, rs, ms, before, after, ys)
                 elif wr.shape[1] == 1:
-                    affine(row, m, scale, wr[k, 0], br[k, 0], *extra, out)
+                    affine(xs, m, scale, wr[k, 0], br[k, 0], rs, ms, before, after, ys)
                 else:
-                    affine(row, m, scale, wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j], *extra, out)
-                j = e
+                    u, v = j % c, j % c + e - j
+                    affine(xs, m, scale, wr[k, u:v], br[k, u:v], rs, ms, before, after, ys)
+            j = e
 
 
 @PLAIN
@@ -479,29 +481,31 @@ def columns_backward_sums(
     c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
         part[:, i, share, w0:w1] = 0.0
-        for k in range(r0, r1):
-            valid = mask_row(mask, constant, i, k, w0, w1)
-            j = w0
-            while j < w1:
-                e = min(w1, (j // c + 1) * c)
-                s, q = part[0, i, share, j:e], part[1, i, share, j:e]
-                rows_ = dy[i, k, j:e], x[i, k, j:e], mean[i, j:e], a[i, j:e]
-                extra = row_of(residual, i, k, j, e), part_of(valid, j - w0, e - w0), before, after
+        j = w0
+        while j < w1:
+            e = min(w1, (j // c + 1) * c)
+            m, scale, shift = mean[i, j:e], a[i, j:e], b[i, j:e]
+            s, q = part[0, i, share, j:e], part[1, i, share, j:e]
+            for k in range(r0, r1):
+                dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
+                ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
                 if wr is None:
-                    add_backward_row(*rows_, None, b[i, j:e], *extra, None, s, q)
+                    add_backward_row(dys, xs, m, scale, None, shift, rs, ms, before, after, None, s, q)
                 elif wr.shape[1] == 1:
-                    add_backward_row(*rows_, wr[k, 0], br[k, 0], *extra, wr[k, 0], s, q)
+                    w = wr[k, 0]
+                    add_backward_row(dys, xs, m, scale, w, br[k, 0], rs, ms, before, after, w, s, q)
                     if dwr.size:
-                        t1, t2 = row_param_grads(*rows_, wr[k, 0], br[k, 0], *extra)
+                        t1, t2 = row_param_grads(dys, xs, m, scale, w, br[k, 0], rs, ms, before, after)
                         dwr[0, i, w0 // width, k, 0] = t1
                         dwr[1, i, w0 // width, k, 0] = t2
                 else:
                     u, v = j % c, j % c + e - j
-                    add_backward_row(*rows_, wr[k, u:v], br[k, u:v], *extra, wr[k, u:v], s, q)
+                    ws, bs = wr[k, u:v], br[k, u:v]
+                    add_backward_row(dys, xs, m, scale, ws, bs, rs, ms, before, after, ws, s, q)
                     if dwr.size:
-                        grads = dwr[0, i, w0 // width, k, u:v], dwr[1, i, w0 // width, k, u:v]
-                        add_param_grads(*rows_, wr[k, u:v], br[k, u:v], *extra, *grads)
-                j = e
+                        dws, dbs = dwr[0, i, w0 // width, k, u:v], dwr[1, i, w0 // width, k, u:v]
+                        add_param_grads(dys, xs, m, scale, ws, bs, rs, ms, before, after, dws, dbs)
+            j = e
 
 
 @PLAIN
@@ -513,19 +517,20 @@ def columns_backward_apply(
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
-        for k in range(r0, r1):
-            valid = mask_row(mask, constant, i, k, w0, w1)
-            j = w0
-            while j < w1:
-                e = min(w1, (j // c + 1) * c)
-                rows_ = dy[i, k, j:e], x[i, k, j:e], mean[i, j:e], a[i, j:e]
-                extra = row_of(residual, i, k, j, e), part_of(valid, j - w0, e - w0), before, after
-                last = k1[i, j:e], k2[i, j:e], row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
+        j = w0
+        while j < w1:
+            e = min(w1, (j // c + 1) * c)
+            m, scale, shift, c1, c2 = mean[i, j:e], a[i, j:e], b[i, j:e], k1[i, j:e], k2[i, j:e]
+            for k in range(r0, r1):
+                dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
+                ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                ts, zs, dxs = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
                 if wr is None:
-                    backward_affine(*rows_, None, b[i, j:e], *extra, *last)
+                    backward_affine(dys, xs, m, scale, None, shift, rs, ms, before, after, c1, c2, ts, zs, dxs)
                 elif wr.shape[1] == 1:
-                    backward_affine(*rows_, wr[k, 0], br[k, 0], *extra, *last)
+                    w, bias = wr[k, 0], br[k, 0]
+                    backward_affine(dys, xs, m, scale, w, bias, rs, ms, before, after, c1, c2, ts, zs, dxs)
                 else:
-                    u, v = j % c, j % c + e - j
-                    backward_affine(*rows_, wr[k, u:v], br[k, u:v], *extra, *last)
-                j = e
+                    ws, bs = wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j]
+                    backward_affine(dys, xs, m, scale, ws, bs, rs, ms, before, after, c1, c2, ts, zs, dxs)
+            j = e
