@@ -354,7 +354,8 @@ def _logical_moments(found: Moments, axes: Axes, plan: Plan) -> Moments:
     def logical(stat: NDArray[Any]) -> NDArray[Any]:
         return stat.reshape(lengths).transpose(back)
 
-    return Moments(found.count, logical(found.mean), logical(found.m2), logical(found.residual))
+    count = logical(found.count) if np.ndim(found.count) else found.count
+    return Moments(count, logical(found.mean), logical(found.m2), logical(found.residual))
 
 
 def _no_moments(axes: Axes) -> Moments:
