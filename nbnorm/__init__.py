@@ -2,6 +2,7 @@
 
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads
+from nbnorm.derived import add_layer_norm, add_rms_norm, lengths_to_mask, weight_standardization
 from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback
 from nbnorm.errors import BackendError
@@ -27,12 +28,15 @@ __all__ = [
     "Moments",
     "Pullback",
     "Welford",
+    "add_layer_norm",
+    "add_rms_norm",
     "backends",
     "batch_norm",
     "explain",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "lengths_to_mask",
     "local_response_norm",
     "moments",
     "normalize",
@@ -40,4 +44,5 @@ __all__ = [
     "trace",
     "use_backend",
     "vjp",
+    "weight_standardization",
 ]

@@ -31,13 +31,13 @@ def check_call(
     call: Call,
     weight: Array | None,
     bias: Array | None,
-    mask: Array | None,
-    activation: str | None,
-    order: str,
-    residual: Array | None,
-    out: Array | None,
-    return_moments: bool,
-    backend: str | Backend | None,
+    mask: Array | None = None,
+    activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
+    out: Array | None = None,
+    return_moments: bool = False,
+    backend: str | Backend | None = None,
 ) -> Call:
     """What every norm has: parameters, mask, activation, order, residual, out, return_moments, backend."""
     call.weight = _check_param(call, weight, "weight")

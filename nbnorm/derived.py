@@ -1,0 +1,199 @@
+"""Operations that are a norm of something: of a sum, of a convolution kernel; and the mask of padded sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nbnorm import layout
+from nbnorm.arguments import check_axis, check_call, check_like, check_x, normalized_axes
+from nbnorm.arrays import Array, adapter_of
+from nbnorm.backend import Backend
+from nbnorm.checks import check_index, check_number
+from nbnorm.engine import Call
+from nbnorm.operation import operation
+
+
+@operation
+def add_layer_norm(
+    x: Array,
+    residual: Array,
+    normalized_shape: int | Sequence[int] | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] | None = None,
+    backend: str | Backend | None = None,
+) -> Call:
+    """Add a residual and normalize the sum, in one pass: ``h = x + residual; y = layer_norm(h)``.
+
+    Parameters
+    ----------
+    x, residual : arrays of one shape ``(..., *normalized_shape)`` and one dtype
+    normalized_shape, weight, bias, eps, axis, backend
+        As for `layer_norm`.
+
+    Returns
+    -------
+    (y, h) : arrays
+        h is rounded to x's dtype, and y is the norm of what was rounded. The pullback takes the pair of their
+        gradients, of which the second may be None; the gradients of x and residual are one array.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As for `layer_norm`.
+
+    Notes
+    -----
+    The step between two blocks of a pre-norm transformer: Xiong et al., "On Layer Normalization in the Transformer
+    Architecture" (2020).
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> y, h = nbnorm.add_layer_norm(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]]), 2, eps=1e-9)
+    >>> y.round(6).tolist(), h.tolist()
+    ([[-1.0, 1.0]], [[1.0, 3.0]])
+    """
+    operand, dtype = check_x(x, least=1)
+    axes = normalized_axes(operand.view, normalized_shape, axis)
+    addend = check_like(operand, residual, "residual")
+    call = Call("add_layer_norm", operand, dtype, axes, eps=check_number("eps", eps), addend=addend)
+    return check_call(call, weight, bias, backend=backend)
+
+
+@operation
+def add_rms_norm(
+    x: Array,
+    residual: Array,
+    normalized_shape: int | Sequence[int] | None = None,
+    weight: Array | None = None,
+    eps: float | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    backend: str | Backend | None = None,
+) -> Call:
+    """Add a residual and normalize the sum, in one pass: ``h = x + residual; y = rms_norm(h)``.
+
+    Parameters
+    ----------
+    x, residual : arrays of one shape ``(..., *normalized_shape)`` and one dtype
+    normalized_shape, weight, eps, axis, backend
+        As for `rms_norm`.
+
+    Returns
+    -------
+    (y, h) : arrays
+        As for `add_layer_norm`.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As for `rms_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> y, h = nbnorm.add_rms_norm(np.array([[1.0, 2.0]]), np.array([[2.0, 2.0]]), 2, eps=0.0)
+    >>> y.round(6).tolist(), h.tolist()
+    ([[0.848528, 1.131371]], [[3.0, 4.0]])
+    """
+    operand, dtype = check_x(x, least=1)
+    axes = normalized_axes(operand.view, normalized_shape, axis)
+    addend = check_like(operand, residual, "residual")
+    if eps is None:
+        eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    call = Call("add_rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False, addend=addend)
+    return check_call(call, weight, None, backend=backend)
+
+
+@operation
+def weight_standardization(
+    weight: Array,
+    eps: float = 1e-5,
+    *,
+    axis: int = 0,
+    out: Array | None = None,
+    backend: str | Backend | None = None,
+) -> Call:
+    """Standardize a kernel: each output channel to mean 0 and variance 1 over all its weights.
+
+    Parameters
+    ----------
+    weight : array (O, I, ...) of a convolution, or (O, I) of a linear layer
+    eps : float
+        Added to the variance.
+    axis : int
+        The axis of the output channels.
+    out, backend
+        As for `batch_norm`.
+
+    Returns
+    -------
+    array
+        Of the kernel's kind, dtype, shape and memory order.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As for `batch_norm`.
+
+    Notes
+    -----
+    Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization" (2019), for kernels
+    in front of group norm. The pullback's gradient of the kernel is `Grads.x`.
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> nbnorm.weight_standardization(np.array([[1.0, 3.0], [10.0, 30.0]]), eps=1e-9).round(6).tolist()
+    [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+    operand, dtype = check_x(weight, least=2)
+    kept = check_axis("axis", axis, operand.view)
+    others = tuple(other for other in range(operand.view.ndim) if other != kept)
+    axes = layout.over(operand.view.shape, others, params=False)
+    call = Call("weight_standardization", operand, dtype, axes, eps=check_number("eps", eps))
+    return check_call(call, None, None, out=out, backend=backend)
+
+
+def lengths_to_mask(lengths: Any, max_length: int | None = None) -> Any:
+    """The mask of padded sequences: True for the first ``lengths[i]`` steps of sequence i.
+
+    Parameters
+    ----------
+    lengths : integers (N,), a sequence or an array of any supported kind
+    max_length : int
+        Steps of the padded array, T; by default the longest length.
+
+    Returns
+    -------
+    numpy array of bool (N, T)
+        For x (N, T, C) pass ``mask[..., None]``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where lengths are not one axis of whole numbers from 0 to max_length.
+
+    Examples
+    --------
+    >>> import nbnorm
+    >>> nbnorm.lengths_to_mask([2, 0, 3]).astype(int).tolist()
+    [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
+    """
+    known = isinstance(lengths, np.ndarray | Sequence)
+    counts = np.asarray(lengths if known else adapter_of(lengths, "lengths").view(lengths, "lengths"))
+    if counts.ndim != 1:
+        raise ValueError(f"lengths must have one axis; got shape {counts.shape}")
+    if counts.dtype.kind not in "iu" and counts.size:
+        raise TypeError(f"lengths must be whole numbers; got dtype {counts.dtype}")
+    longest = int(counts.max(initial=0))
+    steps = longest if max_length is None else check_index("max_length", max_length)
+    if counts.size and (int(counts.min()) < 0 or longest > steps):
+        raise ValueError(f"lengths must be from 0 to {steps}; got {int(counts.min())} to {longest}")
+    return np.arange(steps) < counts[:, None]
