@@ -2,7 +2,7 @@
 
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads
-from nbnorm.derived import add_layer_norm, add_rms_norm, lengths_to_mask, weight_standardization
+from nbnorm.derived import add_layer_norm, add_rms_norm, batch_renorm, lengths_to_mask, weight_standardization
 from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback
 from nbnorm.errors import BackendError
@@ -32,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "backends",
     "batch_norm",
+    "batch_renorm",
     "explain",
     "group_norm",
     "instance_norm",

@@ -139,8 +139,8 @@ def _check_memory_of_its_own(name: str, view: NDArray[Any]) -> None:
 
 def check_statistics(
     call: Call, mean: Array | None, var: Array | None, use_batch: bool, momentum: float, switch: str
-) -> None:
-    """The statistics that normalize, and the running ones to update."""
+) -> tuple[Operand, Operand] | None:
+    """The statistics that normalize, and the running ones to update; returned where they are given."""
     if (mean is None) != (var is None):
         missing = "running_mean" if mean is None else "running_var"
         raise ValueError(f"running_mean and running_var must be given together; {missing} is missing")
@@ -154,7 +154,7 @@ def check_statistics(
         if statistics is None:
             raise ValueError(f"{call.op} without {switch}=True needs running_mean and running_var; got none")
         call.fixed = statistics
-        return
+        return statistics
     size, count = call.x.view.size, call.axes.count
     if size and count == 1 and call.mask is None:
         raise ValueError(
@@ -165,6 +165,7 @@ def check_statistics(
     if statistics is not None and not call.return_moments:
         _check_writable(call, statistics)
         call.running = Running(*statistics, weight_of_new)
+    return statistics
 
 
 def _check_running(call: Call, array: Array, name: str) -> Operand:

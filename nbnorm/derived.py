@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from nbnorm import layout
-from nbnorm.arguments import check_axis, check_call, check_like, check_x, normalized_axes
+from nbnorm.arguments import check_axis, check_call, check_like, check_statistics, check_x, normalized_axes
 from nbnorm.arrays import Array, adapter_of
 from nbnorm.backend import Backend
 from nbnorm.checks import check_index, check_number
-from nbnorm.engine import Call
+from nbnorm.engine import Call, Renorm
 from nbnorm.operation import operation
 
 
@@ -109,6 +109,86 @@ def add_rms_norm(
         eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     call = Call("add_rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False, addend=addend)
     return check_call(call, weight, None, backend=backend)
+
+
+@operation
+def batch_renorm(
+    x: Array,
+    running_mean: Array,
+    running_var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    *,
+    channel_axis: int = 1,
+    mask: Array | None = None,
+    activation: str | None = None,
+    order: str = "norm_act",
+    residual: Array | None = None,
+    out: Array | None = None,
+    return_moments: bool = False,
+    backend: str | Backend | None = None,
+) -> Call:
+    """Batch norm whose training result is drawn to what evaluation gives: ``(xhat * r + d) * weight + bias``.
+
+    r = std / running_std, clipped to [1 / r_max, r_max], and d = (mean - running_mean) / running_std, clipped to
+    [-d_max, d_max], so that without clipping the running statistics normalize; no gradient flows through r and d. With
+    ``r_max=1, d_max=0`` it is batch norm. Evaluation is that of batch norm.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, training, momentum, eps
+        As for `batch_norm`; the running statistics are needed in training too, and updated as there.
+    r_max : float
+        At least 1.
+    d_max : float
+        At least 0.
+    channel_axis, mask, activation, order, residual, out, return_moments, backend
+        As for `batch_norm`.
+
+    Returns
+    -------
+    y : array
+        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As for `batch_norm`.
+
+    Notes
+    -----
+    Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (2017). Costs one
+    more pass over x than batch norm.
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> x, mean, var = np.array([[1.0], [3.0]]), np.array([1.0]), np.array([4.0])
+    >>> nbnorm.batch_renorm(x, mean, var, training=True, eps=1e-9).round(6).tolist()
+    [[0.0], [1.0]]
+    """
+    operand, dtype = check_x(x, least=2)
+    channel = check_axis("channel_axis", channel_axis, operand.view)
+    axes = layout.batch(operand.view.shape, channel)
+    call = Call("batch_renorm", operand, dtype, axes, eps=check_number("eps", eps))
+    check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
+    if running_mean is None or running_var is None:
+        raise ValueError("batch_renorm needs running_mean and running_var; got None")
+    limits = check_number("r_max", r_max), check_number("d_max", d_max)
+    if limits[0] < 1:
+        raise ValueError(f"r_max must be at least 1; got {limits[0]}")
+    if limits[1] < 0:
+        raise ValueError(f"d_max must not be negative; got {limits[1]}")
+    statistics = check_statistics(call, running_mean, running_var, training, momentum, "training")
+    if training:
+        assert statistics is not None
+        call.renorm = Renorm(*statistics, *limits)
+    return call
 
 
 @operation

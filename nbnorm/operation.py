@@ -97,6 +97,6 @@ def prepared(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """The call of an operation, with its arguments checked."""
     prepare = PREPARATIONS.get(op) if callable(op) else None
     if prepare is None:
-        known = ", ".join(f"nbnorm.{run.__name__}" for run in PREPARATIONS)
+        known = ", ".join(sorted(f"nbnorm.{run.__name__}" for run in PREPARATIONS))
         raise TypeError(f"op must be one of {known}; got {op!r}")
     return prepare(*args, **kwargs)

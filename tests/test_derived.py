@@ -84,3 +84,55 @@ def test_padded_sequences_give_what_the_unpadded_give(backend: str) -> None:
     expected = norm("batch_norm", np.concatenate(sequences)).y.astype(float)
     np.testing.assert_allclose(y[mask], expected, rtol=1e-12, atol=1e-13)
     assert not y[~mask].any()
+
+
+def renormed(x: Any, mean: Any, var: Any, weight: Any, bias: Any, factors: Any, eps: float) -> tuple[Any, Any]:
+    """y and (r, d) on (N, C), from the paper's algorithm 1; `factors` are r and d where they are held constant."""
+    batch_mean, batch_std = x.mean(axis=0), np.sqrt(x.var(axis=0) + eps)
+    std = np.sqrt(var + eps)
+    r, d = factors or (np.clip(batch_std / std, 1 / 1.5, 1.5), np.clip((batch_mean - mean) / std, -0.5, 0.5))
+    return ((x - batch_mean) / batch_std * r + d) * weight + bias, (r, d)
+
+
+def test_batch_renorm(backend: str) -> None:
+    x, dy = RNG.normal(size=(2, 6, 4)) * np.array([0.3, 1, 1, 4]) + np.array([0, 0, 2, 0.1])
+    weight, bias, mean = RNG.normal(size=(3, 4))
+    var = np.ones(4)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    running = mean.copy(), var.copy()
+    y, pullback = nbnorm.vjp(
+        nbnorm.batch_renorm, x, *running, weight, bias, training=True, eps=1e-3, r_max=1.5, d_max=0.5, backend=backend
+    )
+    expected, factors = renormed(x, mean, var, weight, bias, None, 1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(running[0], 0.9 * mean + 0.1 * x.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(running[1], 0.9 + 0.1 * x.var(axis=0, ddof=1), rtol=1e-13)
+    grads = pullback(dy)
+    for name, value in inputs.items():
+        numeric = np.empty(value.shape)
+        for index in np.ndindex(value.shape):
+            high, low = value.copy(), value.copy()
+            high[index] += 1e-6
+            low[index] -= 1e-6
+            up, down = (
+                renormed(**(inputs | {name: moved}), mean=mean, var=var, factors=factors, eps=1e-3)[0]
+                for moved in (high, low)
+            )
+            numeric[index] = ((up - down) * dy).sum() / 2e-6
+        np.testing.assert_allclose(getattr(grads, name), numeric, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_batch_renorm_at_its_limits(backend: str) -> None:
+    x, mean, var = RNG.normal(size=(3, 4, 5)), RNG.normal(size=4), RNG.uniform(1, 2, 4)
+    keys = {"backend": backend, "return_moments": True}
+    batch = nbnorm.batch_renorm(x, mean, var, training=True, r_max=1.0, d_max=0.0, **keys)[0]
+    np.testing.assert_allclose(batch, nbnorm.batch_norm(x, training=True, backend=backend), rtol=1e-12)
+    free = nbnorm.batch_renorm(x, mean, var, training=True, r_max=1e9, d_max=1e9, **keys)[0]
+    evaluated = nbnorm.batch_renorm(x, mean, var, backend=backend)
+    np.testing.assert_allclose(free, evaluated, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(evaluated, nbnorm.batch_norm(x, mean, var, backend=backend))
+    for limits, message in (({"r_max": 0.5}, "r_max must be at least 1"), ({"d_max": -1}, "d_max must not be neg")):
+        with pytest.raises(ValueError, match=message):
+            nbnorm.batch_renorm(x, mean, var, training=True, **limits)
+    with pytest.raises(ValueError, match="batch_renorm needs running_mean and running_var"):
+        nbnorm.batch_renorm(x, None, None, training=True)

@@ -160,7 +160,10 @@ CASES = [
     case("out read-only", lambda: bn(out=np.broadcast_to(np.float32(0), X.shape)), ValueError, "out must be writable"),
     case("backend type", lambda: bn(backend=3), TypeError, "backend must be a name or a Backend; got 3"),
     case(
-        "vjp op", lambda: nbnorm.vjp(np.sin, X), TypeError, r"op must be one of nbnorm\.batch_norm.*got <ufunc 'sin'>"
+        "vjp op",
+        lambda: nbnorm.vjp(np.sin, X),
+        TypeError,
+        r"op must be one of nbnorm\.add_layer_norm.*got <ufunc 'sin'>",
     ),
     case("explain op", lambda: nbnorm.explain("layer_norm", X), TypeError, "op must be one of"),
     case("unknown keyword", lambda: bn(epsilon=1), TypeError, "epsilon"),
