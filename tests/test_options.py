@@ -165,7 +165,7 @@ def check(case: Case, backend: str, mask: Any, activation: str | None, order: st
 
 
 @BY_NAME
-@pytest.mark.parametrize("kind", ["dense", "lengths", "last axis"])
+@pytest.mark.parametrize("kind", ["dense", "lengths", pytest.param("last axis", marks=pytest.mark.slow)])
 def test_masked_equals_gathered(case: Case, kind: str, backend: str) -> None:
     check(case, backend, masks(case.shape)[kind], None, "norm_act", residual=False)
 
