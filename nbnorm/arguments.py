@@ -16,7 +16,7 @@ from nbnorm import layout
 from nbnorm.arrays import HALF, Array, adapter_of, float_view, overlap
 from nbnorm.backend import ACTIVATIONS, ORDERS, Backend
 from nbnorm.checks import check_flag, check_index, check_number
-from nbnorm.engine import Call, Operand, Running
+from nbnorm.engine import Call, Operand, Running, check_like
 from nbnorm.layout import Axes
 
 
@@ -72,14 +72,11 @@ def check_mask(x: Operand, mask: Array) -> NDArray[np.bool_]:
     return view.reshape(shape)
 
 
-def check_like(x: Operand, array: Array, name: str) -> Operand:
-    """An array of x's shape and dtype."""
-    adapter, view, _ = float_view(array, name)
-    if view.shape != x.view.shape or view.dtype.newbyteorder("=") != x.view.dtype.newbyteorder("="):
-        raise ValueError(
-            f"{name} must have x's shape {x.view.shape} and dtype {x.view.dtype}; got {view.shape} and {view.dtype}"
-        )
-    return Operand(array, adapter, view)
+def check_rms_eps(eps: float | None, dtype: str) -> float:
+    """eps; None stands for the epsilon of the type computed in."""
+    if eps is None:
+        return float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    return check_number("eps", eps)
 
 
 def _check_param(call: Call, param: Array | None, name: str) -> Operand | None:

@@ -8,15 +8,22 @@ from typing import Any
 import numpy as np
 
 from nbnorm import layout
-from nbnorm.arguments import check_axis, check_call, check_like, check_statistics, check_x, normalized_axes
+from nbnorm.arguments import (
+    check_axis,
+    check_call,
+    check_rms_eps,
+    check_statistics,
+    check_x,
+    normalized_axes,
+)
 from nbnorm.arrays import Array, adapter_of
 from nbnorm.backend import Backend
 from nbnorm.checks import check_index, check_number
-from nbnorm.engine import Call, Renorm
+from nbnorm.engine import Call, Renorm, check_like
 from nbnorm.operation import operation
 
 
-@operation
+@operation("tuple[Array, Array]")
 def add_layer_norm(
     x: Array,
     residual: Array,
@@ -66,7 +73,7 @@ def add_layer_norm(
     return check_call(call, weight, bias, backend=backend)
 
 
-@operation
+@operation("tuple[Array, Array]")
 def add_rms_norm(
     x: Array,
     residual: Array,
@@ -105,13 +112,11 @@ def add_rms_norm(
     operand, dtype = check_x(x, least=1)
     axes = normalized_axes(operand.view, normalized_shape, axis)
     addend = check_like(operand, residual, "residual")
-    if eps is None:
-        eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
-    call = Call("add_rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False, addend=addend)
+    call = Call("add_rms_norm", operand, dtype, axes, eps=check_rms_eps(eps, dtype), center=False, addend=addend)
     return check_call(call, weight, None, backend=backend)
 
 
-@operation
+@operation("Array | tuple[Array, Moments]")
 def batch_renorm(
     x: Array,
     running_mean: Array,
@@ -191,7 +196,7 @@ def batch_renorm(
     return call
 
 
-@operation
+@operation("Array")
 def weight_standardization(
     weight: Array,
     eps: float = 1e-5,

@@ -35,6 +35,16 @@ class Operand:
         self.adapter.written(self.given)
 
 
+def check_like(x: Operand, array: Array, name: str) -> Operand:
+    """An array of x's shape and dtype; ValueError, where it is not."""
+    adapter, view, _ = float_view(array, name)
+    if view.shape != x.view.shape or view.dtype.newbyteorder("=") != x.view.dtype.newbyteorder("="):
+        raise ValueError(
+            f"{name} must have x's shape {x.view.shape} and dtype {x.view.dtype}; got {view.shape} and {view.dtype}"
+        )
+    return Operand(array, adapter, view)
+
+
 @dataclass(slots=True)
 class Running:
     """Running statistics, checked, of one shape."""
@@ -87,12 +97,15 @@ class Call:
         """The result of `forward`, and the function that maps its gradient to those of the inputs."""
         if self.op == "moments":
             raise TypeError("op must be a norm to be differentiated; got nbnorm.moments")
-        if self.out is not None:
-            for name, operand in (("x", self.x), ("residual", self.residual)):
-                if operand is not None and overlap(self.out.view, operand.view):
-                    raise ValueError(f"out must not overlap {name} under vjp: the gradient needs {name} as it was")
+        self.check_inputs_survive()
         result, ran = _run(self)
         return result, Pullback(self, ran)
+
+    def check_inputs_survive(self) -> None:
+        """ValueError where `out` would overwrite what the gradient needs."""
+        for name, operand in (("x", self.x), ("residual", self.residual)):
+            if self.out is not None and operand is not None and overlap(self.out.view, operand.view):
+                raise ValueError(f"out must not overlap {name} under vjp: the gradient needs {name} as it was")
 
     def explain(self) -> dispatch.Decision:
         """The decision for the call, without running it."""
@@ -172,6 +185,11 @@ def view_param(param: NDArray[Any], axes: Axes, plan: Plan) -> NDArray[Any]:
     return np.array(ordered, ordered.dtype.newbyteorder("="), order="C", copy=None).reshape(plan.param_shape)
 
 
+def view_input(array: NDArray[Any], axes: Axes, plan: Plan) -> NDArray[Any]:
+    """An input of x's shape besides x, as backends read it."""
+    return read_only(np.asarray(view_like(array, axes, plan)))
+
+
 def view_mask(mask: NDArray[np.bool_], axes: Axes, plan: Plan) -> NDArray[np.bool_]:
     """The mask as a C-contiguous five-axis array, each axis 1 or full; copied where only a part of an axis is full."""
     shape = list(mask.shape)
@@ -245,7 +263,7 @@ def _run(call: Call) -> tuple[Any, Ran]:
     if found is not None:
         batch = _logical_moments(found, call.axes, placed.plan)
     if call.running is not None and batch is not None:
-        commit(call.running, batch)
+        _commit(call.running, batch)
     return ((result, batch) if call.return_moments else result), ran
 
 
@@ -268,7 +286,7 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
         y, fresh, rstd = backend.forward(x, weight, bias, call.eps, center=center, **keys)
         found = found or fresh
     else:
-        addend = read_only(np.asarray(view_like(call.addend.view, axes, plan)))
+        addend = view_input(call.addend.view, axes, plan)
         y, sums, found, rstd = backend.add_forward(x, addend, weight, bias, call.eps, center=center, out=out)
         x, total = read_only(sums), from_five_axes(sums, call, plan)
     mean = None if not center else found.mean if found is not None else stats[0] if stats else None
@@ -280,7 +298,7 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
     return from_five_axes(y, call, plan), total, found
 
 
-def commit(running: Running, batch: Moments) -> None:
+def _commit(running: Running, batch: Moments) -> None:
     """Both new values first, then both writes: an error leaves the running statistics as they were."""
     mean, var = batch.blend(running.mean.view, running.var.view, running.momentum)
     running.mean.write(mean)
@@ -306,9 +324,7 @@ def _mask(call: Call, plan: Plan) -> NDArray[np.bool_] | None:
 def _epilogue(call: Call, plan: Plan) -> Epilogue:
     if call.activation is None and call.residual is None:
         return PLAIN
-    residual = None
-    if call.residual is not None:
-        residual = read_only(np.asarray(view_like(call.residual.view, call.axes, plan)))
+    residual = None if call.residual is None else view_input(call.residual.view, call.axes, plan)
     return Epilogue(call.activation, call.order, residual)
 
 
@@ -408,13 +424,8 @@ class Pullback:
 
     def _five_axes(self, dy: Array, name: str) -> NDArray[Any] | None:
         """A gradient of x's size as backends take it; None where it is empty."""
-        call = self._call
-        _, view, dtype = float_view(dy, name)
-        if view.shape != call.x.view.shape or dtype != call.dtype:
-            raise ValueError(
-                f"{name} must have x's shape {call.x.view.shape} and dtype {call.dtype}; got {view.shape} and {dtype}"
-            )
-        return read_only(np.asarray(view_like(view, call.axes, self._ran.plan))) if view.size else None
+        view = check_like(self._call.x, dy, name).view
+        return view_input(view, self._call.axes, self._ran.plan) if view.size else None
 
     def _param_grads(self, found: Grads) -> tuple[Array | None, Array | None]:
         weight, bias = found.weight, found.bias

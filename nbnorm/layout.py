@@ -37,8 +37,7 @@ class Axes:
 
     Attributes
     ----------
-    shape : the array's shape, with one axis split in two where a norm needs it: the channels in (groups, channels per
-        group), the batch in (ghosts, samples per ghost).
+    shape : the array's shape, with the channel axis split in (groups, channels per group) where a norm needs it.
     kept : axes whose indices select one statistic; all others are reduced.
     params : axes that weight and bias have, ascending.
     split : the array's axis that became two, if any.
@@ -81,13 +80,6 @@ def group(shape: tuple[int, ...], num_groups: int, channel_axis: int) -> Axes:
     per_group = shape[channel_axis] // num_groups
     split = (*shape[:channel_axis], num_groups, per_group, *shape[channel_axis + 1 :])
     return Axes(split, (0, channel_axis), (channel_axis, channel_axis + 1), channel_axis)
-
-
-@lru_cache(maxsize=4096)
-def ghosts(shape: tuple[int, ...], size: int, channel_axis: int) -> Axes:
-    """Batch norm in ghosts of `size` samples, which must divide the batch: one statistic per ghost and channel."""
-    split = (shape[0] // size, size, *shape[1:])
-    return Axes(split, (0, channel_axis + 1), (channel_axis + 1,), 0)
 
 
 @lru_cache(maxsize=4096)

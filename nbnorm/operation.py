@@ -25,18 +25,21 @@ class Prepared(Protocol):
 PREPARATIONS: dict[Callable[..., Any], Callable[..., Prepared]] = {}  # by the public function
 
 
-def operation(prepare: Callable[P, Prepared]) -> Callable[P, Any]:
-    """The public function that runs what `prepare` checked; `vjp` and `explain` find `prepare` through it."""
+def operation(result: str) -> Callable[[Callable[P, Prepared]], Callable[P, Any]]:
+    """Make of a function that checks and prepares the public one that runs what it prepared, with `result` for the
+    annotation of what comes back; `vjp` and `explain` find the former through the latter."""
 
-    @functools.wraps(prepare)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return prepare(*args, **kwargs).forward()
+    def decorate(prepare: Callable[P, Prepared]) -> Callable[P, Any]:
+        @functools.wraps(prepare)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+            return prepare(*args, **kwargs).forward()
 
-    result = "Array | tuple[Array, Moments]"
-    run.__annotations__ = {**prepare.__annotations__, "return": result}
-    run.__signature__ = inspect.signature(prepare).replace(return_annotation=result)  # type: ignore[attr-defined]
-    PREPARATIONS[run] = prepare
-    return run
+        run.__annotations__ = {**prepare.__annotations__, "return": result}
+        run.__signature__ = inspect.signature(prepare).replace(return_annotation=result)  # type: ignore[attr-defined]
+        PREPARATIONS[run] = prepare
+        return run
+
+    return decorate
 
 
 def vjp(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Callable[[Any], Grads]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from nbnorm import engine, layout
 from nbnorm.arguments import (
     check_axes,
@@ -13,6 +11,7 @@ from nbnorm.arguments import (
     check_backend,
     check_call,
     check_mask,
+    check_rms_eps,
     check_statistics,
     check_x,
     normalized_axes,
@@ -25,7 +24,7 @@ from nbnorm.operation import PREPARATIONS, operation
 from nbnorm.statistics import Moments
 
 
-@operation
+@operation("Array | tuple[Array, Moments]")
 def batch_norm(
     x: Array,
     running_mean: Array | None = None,
@@ -121,7 +120,7 @@ def batch_norm(
     return call
 
 
-@operation
+@operation("Array | tuple[Array, Moments]")
 def instance_norm(
     x: Array,
     running_mean: Array | None = None,
@@ -186,7 +185,7 @@ def instance_norm(
     return call
 
 
-@operation
+@operation("Array | tuple[Array, Moments]")
 def group_norm(
     x: Array,
     num_groups: int,
@@ -247,7 +246,7 @@ def group_norm(
     return check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
 
 
-@operation
+@operation("Array | tuple[Array, Moments]")
 def layer_norm(
     x: Array,
     normalized_shape: int | Sequence[int] | None = None,
@@ -307,7 +306,7 @@ def layer_norm(
     return check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
 
 
-@operation
+@operation("Array | tuple[Array, Moments]")
 def rms_norm(
     x: Array,
     normalized_shape: int | Sequence[int] | None = None,
@@ -360,9 +359,7 @@ def rms_norm(
     """
     operand, dtype = check_x(x, least=1)
     axes = normalized_axes(operand.view, normalized_shape, axis)
-    if eps is None:
-        eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
-    call = Call("rms_norm", operand, dtype, axes, eps=check_number("eps", eps), center=False)
+    call = Call("rms_norm", operand, dtype, axes, eps=check_rms_eps(eps, dtype), center=False)
     call.weight_offset = check_number("weight_offset", weight_offset)
     if call.weight_offset and weight is None:
         raise ValueError(f"weight_offset is added to weight, which must be given; got weight_offset {weight_offset}")

@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine, layout
-from nbnorm.arguments import check_axes, check_axis, check_backend, check_like, check_out, check_x
-from nbnorm.arrays import Array, overlap, read_only
+from nbnorm.arguments import check_axes, check_axis, check_backend, check_out, check_x
+from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads, Request
 from nbnorm.checks import check_length, check_number
-from nbnorm.engine import Call, Placed
-from nbnorm.operation import PREPARATIONS
+from nbnorm.engine import Call, Placed, check_like
+from nbnorm.operation import operation
 
 
+@operation("Array")
 def local_response_norm(
     x: Array,
     size: int,
@@ -32,7 +33,7 @@ def local_response_norm(
     channel_axis: int = 1,
     out: Array | None = None,
     backend: str | Backend | None = None,
-) -> Array:
+) -> WholeCall:
     """Divide by the energy of neighbouring channels: ``x / (k + alpha / size * sum(x*x))**beta``.
 
     The sum runs over `size` channels, of which ``size // 2`` lie before the channel itself; channels that do not exist
@@ -75,10 +76,17 @@ def local_response_norm(
     >>> nbnorm.local_response_norm(x, 3, alpha=3.0, beta=1.0).round(4).tolist()  # 1 / (1 + 1 + 4), ...
     [[0.1667, 0.0909, 0.1905]]
     """
-    keys: dict[str, Any] = {"channel_axis": channel_axis, "out": out, "backend": backend}
-    return _prepare_local_response_norm(x, size, alpha, beta, k, **keys).forward()
+    operand, dtype = check_x(x, least=2)
+    channel = check_axis("channel_axis", channel_axis, operand.view)
+    axes = layout.over(operand.view.shape, (channel,), params=False)
+    call = Call("local_response_norm", operand, dtype, axes, backend=check_backend(backend))
+    length = check_length("size", size)
+    share = check_number("alpha", alpha) / length
+    args = (length // 2, (length - 1) // 2), share, check_number("beta", beta), check_number("k", k)
+    return WholeCall(_with_out(call, out), args)
 
 
+@operation("Array")
 def normalize(
     x: Array,
     p: float = 2.0,
@@ -87,7 +95,7 @@ def normalize(
     *,
     out: Array | None = None,
     backend: str | Backend | None = None,
-) -> Array:
+) -> WholeCall:
     """Divide by the p-norm over `axis`: ``x / max(norm, eps)``.
 
     Parameters
@@ -127,39 +135,6 @@ def normalize(
     >>> nbnorm.normalize(np.array([[3.0, 4.0]]), p=1, axis=(0, 1)).round(4).tolist()
     [[0.4286, 0.5714]]
     """
-    return _prepare_normalize(x, p, axis, eps, out=out, backend=backend).forward()
-
-
-def _prepare_local_response_norm(
-    x: Array,
-    size: int,
-    alpha: float = 1e-4,
-    beta: float = 0.75,
-    k: float = 1.0,
-    *,
-    channel_axis: int = 1,
-    out: Array | None = None,
-    backend: str | Backend | None = None,
-) -> WholeCall:
-    operand, dtype = check_x(x, least=2)
-    channel = check_axis("channel_axis", channel_axis, operand.view)
-    axes = layout.over(operand.view.shape, (channel,), params=False)
-    call = Call("local_response_norm", operand, dtype, axes, backend=check_backend(backend))
-    length = check_length("size", size)
-    share = check_number("alpha", alpha) / length
-    args = (length // 2, (length - 1) // 2), share, check_number("beta", beta), check_number("k", k)
-    return WholeCall(_with_out(call, out), args)
-
-
-def _prepare_normalize(
-    x: Array,
-    p: float = 2.0,
-    axis: int | Sequence[int] = 1,
-    eps: float = 1e-12,
-    *,
-    out: Array | None = None,
-    backend: str | Backend | None = None,
-) -> WholeCall:
     operand, dtype = check_x(x, least=1)
     axes = layout.over(operand.view.shape, check_axes(axis, operand.view), params=False)
     call = Call("normalize", operand, dtype, axes, backend=check_backend(backend))
@@ -167,10 +142,6 @@ def _prepare_normalize(
     if least < 0:
         raise ValueError(f"eps must not be negative; got {least}")
     return WholeCall(_with_out(call, out), (_check_order(p), least))
-
-
-PREPARATIONS[local_response_norm] = _prepare_local_response_norm
-PREPARATIONS[normalize] = _prepare_normalize
 
 
 def _check_order(p: Any) -> float:
@@ -200,9 +171,7 @@ class WholeCall:
 
     def vjp(self) -> tuple[Any, WholePullback]:
         """y, and the function that maps dy to the gradient."""
-        call = self.call
-        if call.out is not None and overlap(call.out.view, call.x.view):
-            raise ValueError("out must not overlap x under vjp: the gradient needs x as it was")
+        self.call.check_inputs_survive()
         result, placed, backend, x = self._run()
         return result, WholePullback(self, placed, backend, x)
 
@@ -261,8 +230,8 @@ class WholePullback:
         view = check_like(call.x, dy, "dy").view
         if x is None:
             return Grads(call.x.wrap(np.zeros(view.shape, call.x.view.dtype)))
-        cotangent = np.asarray(engine.view_like(view, call.axes, self._placed.plan))
-        dx = getattr(self._backend, f"{call.op}_backward")(read_only(cotangent.reshape(x.shape)), x, *whole.args)
+        cotangent = engine.view_input(view, call.axes, self._placed.plan).reshape(x.shape)
+        dx = getattr(self._backend, f"{call.op}_backward")(cotangent, x, *whole.args)
         return Grads(call.x.wrap(_logical(dx, call, self._placed)))
 
 

@@ -4,16 +4,15 @@
 without a normalization node, so they are not counted.
 """
 
-import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from onnx.backend.test.case.node import collect_testcases
 from onnx.reference import ReferenceEvaluator
 
 import nbnorm
+from onnx_cases import run, single_node_cases
 
 
 def batch_normalization(x, scale, bias, mean, var, *, epsilon=1e-5, momentum=0.9, training_mode=0, backend):
@@ -51,7 +50,6 @@ def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, backend):
     return (nbnorm.rms_norm(x, x.shape[axis:], scale, epsilon, backend=backend),)
 
 
-# A case that sets an attribute its adapter does not name is a TypeError: none is ignored.
 ADAPTERS = {
     "BatchNormalization": batch_normalization,
     "GroupNormalization": group_normalization,
@@ -61,25 +59,7 @@ ADAPTERS = {
 }
 
 
-def run(node, inputs, backend):
-    """The node's outputs, all of them, by nbnorm."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return ADAPTERS[node.op_type](*inputs, **attributes, backend=backend)
-
-
-def single_node_cases():
-    """The cases whose graph is one normalization node.
-
-    Takes about 6 s, most of it for the examples of pooling: ONNX computes every operator's examples on import, and
-    `collect_testcases(op_type)` filters only the first call of a process, by one operator, and is hardly faster.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # other operators' examples overflow and divide by zero
-        cases = collect_testcases()
-    return [case for case in cases if len(case.model.graph.node) == 1 and case.model.graph.node[0].op_type in ADAPTERS]
-
-
-CASES = single_node_cases()
+CASES = single_node_cases(ADAPTERS)
 
 
 def test_count():
@@ -97,7 +77,7 @@ def test_count():
 def test_case(case, backend, record_property):
     (node,) = case.model.graph.node
     for inputs, expected in case.data_sets:
-        outputs = run(node, inputs, backend)
+        outputs = run(ADAPTERS, node, inputs, backend)
         for name, output, wanted in zip(node.output, outputs, expected, strict=True):
             np.testing.assert_allclose(output, wanted, case.rtol, case.atol, err_msg=name, strict=True)
     record_property("conformance", f"ONNX node cases, {backend}")
@@ -117,5 +97,5 @@ def test_group_normalization_18_scales_per_group(backend):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x, "scale": scale, "bias": bias})
-    (y,) = run(node, (x, scale, bias), backend)
+    (y,) = run(ADAPTERS, node, (x, scale, bias), backend)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13, strict=True)

@@ -1,15 +1,14 @@
 """ONNX's own node cases for LRN, LpNormalization and MeanVarianceNormalization, on every CPU backend."""
 
-import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from onnx.backend.test.case.node import collect_testcases
 from onnx.reference import ReferenceEvaluator
 
 import nbnorm
+from onnx_cases import run, single_node_cases
 
 
 def lrn(x, *, size, alpha=1e-4, beta=0.75, bias=1.0, backend):
@@ -28,7 +27,6 @@ def mean_variance_normalization(x, *, axes=(0, 2, 3), backend):
     return nbnorm.layer_norm(x, axis=axes, eps=1e-18, backend=backend)
 
 
-# A case that sets an attribute its adapter does not name is a TypeError: none is ignored.
 ADAPTERS = {
     "LRN": lrn,
     "LpNormalization": lp_normalization,
@@ -36,20 +34,7 @@ ADAPTERS = {
 }
 
 
-def run(node, inputs, backend):
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return ADAPTERS[node.op_type](*inputs, **attributes, backend=backend)
-
-
-def single_node_cases():
-    """The cases whose graph is one of the nodes; ONNX computes all its cases once in a process, in about 6 s."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # other operators' examples overflow and divide by zero
-        cases = collect_testcases()
-    return [case for case in cases if len(case.model.graph.node) == 1 and case.model.graph.node[0].op_type in ADAPTERS]
-
-
-CASES = single_node_cases()
+CASES = single_node_cases(ADAPTERS)
 
 
 def test_count():
@@ -65,7 +50,7 @@ def test_count():
 def test_case(case, backend, record_property):
     (node,) = case.model.graph.node
     for inputs, (expected,) in case.data_sets:
-        np.testing.assert_allclose(run(node, inputs, backend), expected, case.rtol, case.atol, strict=True)
+        np.testing.assert_allclose(run(ADAPTERS, node, inputs, backend), expected, case.rtol, case.atol, strict=True)
     record_property("conformance", f"ONNX whole and other norm node cases, {backend}")
 
 
@@ -77,4 +62,4 @@ def test_windows_of_every_size(size, backend):
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name in ("x", "y")]
     model = helper.make_model(helper.make_graph([node], "lrn", info[:1], info[1:]))
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
-    np.testing.assert_allclose(run(node, (x,), backend), expected, rtol=1e-5, strict=True)
+    np.testing.assert_allclose(run(ADAPTERS, node, (x,), backend), expected, rtol=1e-5, strict=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nbnorm.backend import reciprocal_std
 from nbnorm_backends.numba_cpu import kernels
-from nbnorm_backends.numba_cpu.activations import TAGS
+from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.kernels import COUNT, K1, K2, M2, MEAN, POOR_PIVOT, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import Joined, Options
@@ -101,13 +101,14 @@ def forward(
     """Fill `stats` where `find` asks, and y where it is not empty."""
     along_r = any(param is not None and param.shape[1] > 1 for param in (weight, bias))
     grid = _Grid(scheduler, x, folds=not along_r and options.mask is None)
+    extra = grid.options(options)
     if find:
-        _find(grid, x, options, joined, center, eps, stats)
+        _find(grid, x, extra, joined, center, eps, stats)
     if not y.size:
         return
     mean, rstd = (stats[row].reshape(x.shape[0], x.shape[2]) for row in (MEAN, RSTD))
     params = _params(grid, rstd, weight, bias, along_r)
-    grid.run(kernels.columns_apply, grid.view(x), grid.columns(mean), *params, *grid.options(options), grid.view(y))
+    grid.run(kernels.columns_apply, grid.view(x), grid.columns(mean), *params, *extra, grid.view(y))
 
 
 def _params(
@@ -133,11 +134,13 @@ def _along_r(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
     return w, b
 
 
-def _find(grid: _Grid, x: Array, options: Options, joined: Joined, center: bool, eps: float, stats: Array) -> None:
+def _find(
+    grid: _Grid, x: Array, extra: tuple[Any, ...], joined: Joined, center: bool, eps: float, stats: Array
+) -> None:
     """Statistics of every group: sums about each column's first element, about its mean where that was far out."""
-    view, (_, mask, before, _) = grid.view(x), grid.options(options)
+    view, (_, mask, before, _) = grid.view(x), extra
     n, rows, w = grid.shape
-    pivot = _pivot(grid, options, x, joined) if center else np.zeros((n, w))
+    pivot = _pivot(grid, mask, before, x, joined) if center else np.zeros((n, w))
     part = grid.partial_sums(2 if mask is None else 3)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         grid.run(kernels.columns_sums, view, pivot, mask, before, *map(grid.optional, joined), part)
@@ -152,14 +155,13 @@ def _find(grid: _Grid, x: Array, options: Options, joined: Joined, center: bool,
         stats[RSTD] = np.where(stats[COUNT] > 0, reciprocal_std(stats[M2] / stats[COUNT], eps), 0.0)
 
 
-def _pivot(grid: _Grid, options: Options, x: Array, joined: Joined) -> Array:
+def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined) -> Array:
     """u of the first element of every column (n, w) that counts; 0 where none does."""
-    _, mask, before, _ = grid.options(options)
     shape = grid.shape[0], grid.shape[2]
     if joined.source is not None:
         first, other = (np.asarray(part).reshape(grid.shape)[:, 0].astype(np.float64) for part in joined[:2])
         return (first + other).astype(x.dtype).astype(np.float64)
-    if mask is None and before is TAGS[None]:
+    if mask is None and before is IDENTITY:
         return x.reshape(grid.shape)[:, 0].astype(np.float64, order="C")
     pivot, found = np.zeros(shape), np.zeros(shape)
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
