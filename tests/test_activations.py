@@ -82,12 +82,13 @@ def test_dtype_out_and_layer_norms(dtype: str, backend: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_halves_are_rounded_once(activation: str, backend: str) -> None:
-    """What stands between norm and activation is not rounded to half: the error is that of one rounding."""
+    """What stands between norm and activation is not rounded to half: the error is that of one rounding, and a few in
+    float32, each 1/8192 of a unit."""
     x = (RNG.normal(size=(64, 33)) * 2).astype("f2")
     y = nbnorm.layer_norm(x, 33, activation=activation, backend=backend)
     z = norm("layer_norm", x, axes=(1,)).y.astype(float)
     exact = np.vectorize(DEFINITIONS[activation])(z)
-    assert (np.abs(y.astype(float) - exact) <= 0.5001 * np.spacing(np.abs(exact).astype("f2")).astype(float)).all()
+    assert (np.abs(y.astype(float) - exact) <= 0.501 * np.spacing(np.abs(exact).astype("f2")).astype(float)).all()
 
 
 def test_in_place(backend: str) -> None:

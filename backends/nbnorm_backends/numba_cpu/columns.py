@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from nbnorm.backend import reciprocal_std
 from nbnorm_backends.numba_cpu import kernels
-from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
+from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag, curved
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.kernels import COUNT, K1, K2, M2, MEAN, POOR_PIVOT, RESIDUAL, RSTD
+from nbnorm_backends.numba_cpu.kernels import COUNT, HUGE, K1, K2, M2, MEAN, POOR_PIVOT, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
@@ -107,8 +107,20 @@ def forward(
     if not y.size:
         return
     mean, rstd = (stats[row].reshape(x.shape[0], x.shape[2]) for row in (MEAN, RSTD))
-    params = _params(grid, rstd, weight, bias, along_r)
-    grid.run(kernels.columns_apply, grid.view(x), grid.columns(mean), *params, *extra, grid.view(y))
+    scale, shift, *along = _params(grid, rstd, weight, bias, along_r)
+    columns = grid.columns(mean), scale, shift
+    if x.itemsize < 8 and curved(options.before, options.after):
+        columns = _single(*columns)
+    grid.run(kernels.columns_apply, grid.view(x), *columns, *along, *extra, grid.view(y))
+
+
+def _single(mean: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
+    """The same in float32, where nothing can overflow or vanish: what rounding takes from the mean joins the shift."""
+    size = np.abs(scale)
+    if not ((np.abs(mean) < HUGE) & (size < HUGE) & ((size > 1 / HUGE) | (size == 0))).all():
+        return mean, scale, shift
+    high = mean.astype(np.float32)
+    return high, scale.astype(np.float32), (shift + (high - mean) * scale).astype(np.float32)
 
 
 def _params(

@@ -1,7 +1,7 @@
 """Load and store one element of an array, in the type it is computed in.
 
 Numba has no 16-bit floats on the CPU, so kernels see float16 as uint16 and bfloat16 as int16: the integer type says
-which it is. A load widens to float64, a store narrows to the array's type, rounding to nearest, ties to even.
+which it is. A load converts to the type of the computation, a store to the array's, rounding to nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
-I16, I32 = ir.IntType(16), ir.IntType(32)
+I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 CARRIERS = {"float16": np.uint16, "bfloat16": np.int16}
@@ -34,11 +34,21 @@ def converts_float16() -> bool:
 
     Without them LLVM calls a library function that is not linked, and the process dies.
     """
+    return _instructions("f16c")
+
+
+def fuses_multiply_add() -> bool:
+    """Whether a * b + c rounded once is one instruction, and not a call."""
+    return _instructions("fma")
+
+
+def _instructions(name: str) -> bool:
+    """Whether Numba makes code with this extension of x86; what it stands for is part of every other processor."""
     if not llvmlite.binding.get_default_triple().startswith(("x86_64", "i686")):
         return True
     if config.CPU_NAME or config.CPU_FEATURES is not None:  # a processor named by the user: only what is spelled out
-        return "+f16c" in (config.CPU_FEATURES or "")
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+        return f"+{name}" in (config.CPU_FEATURES or "")
+    return bool(llvmlite.binding.get_host_cpu_features().get(name, False))
 
 
 @intrinsic
@@ -46,21 +56,21 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
     """float64(array[index]); index is not negative."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _loaded(context, builder, array, *args)
+        return _loaded(context, builder, array, *args, types.float64)
 
     return types.float64(array, types.intp), generate
 
 
 @intrinsic
 def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] = value, a float64; index is not negative. Nothing where the array is None."""
+    """array[index] = value; index is not negative. Nothing where the array is None."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if not isinstance(array, types.NoneType):
             _store(context, builder, array, *args)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.float64), generate
+    return types.void(array, types.intp, value), generate
 
 
 # ---- operands that may be None, one number, or an array: compiled for what they are ---------------------------------
@@ -68,32 +78,43 @@ def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def at(typing_context: Any, operand: Any, index: Any) -> Any:
-    """The number itself, or the array's element."""
+    """The number itself, or the array's element, as float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _loaded(context, builder, operand, *args)
+        return _loaded(context, builder, operand, *args, types.float64)
 
     return types.float64(operand, types.intp), generate
 
 
 @intrinsic
+def at_like(typing_context: Any, like: Any, operand: Any, index: Any) -> Any:
+    """`at` in the type that a loop computes in: that of `like`, float32 or float64, one number or an array of them."""
+    real = like.dtype if isinstance(like, types.Array) else like
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _loaded(context, builder, operand, args[1], args[2], real)
+
+    return real(like, operand, types.intp), generate
+
+
+@intrinsic
 def plus(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
     """value + operand; value alone where the operand is None."""
-    return types.float64(types.float64, operand, types.intp), _joined("fadd", operand)
+    return value(value, operand, types.intp), _joined("fadd", value, operand)
 
 
 @intrinsic
 def times(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
     """value * operand; value alone where the operand is None."""
-    return types.float64(types.float64, operand, types.intp), _joined("fmul", operand)
+    return value(value, operand, types.intp), _joined("fmul", value, operand)
 
 
-def _joined(operation: str, operand: Any) -> Any:
+def _joined(operation: str, real: Any, operand: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value, other, index = args
         if isinstance(operand, types.NoneType):
             return value
-        other = _loaded(context, builder, operand, other, index)
+        other = _loaded(context, builder, operand, other, index, real)
         return getattr(builder, operation)(value, other, flags=("contract",))
 
     return generate
@@ -109,9 +130,35 @@ def keep(typing_context: Any, mask: Any, index: Any, value: Any) -> Any:
             return value
         flag = builder.load(_pointer(context, builder, mask, flags, index))
         valid = builder.icmp_unsigned("!=", flag, ir.Constant(flag.type, 0))
-        return builder.select(valid, value, ir.Constant(F64, 0.0))
+        return builder.select(valid, value, ir.Constant(value.type, 0.0))
 
-    return types.float64(mask, types.intp, types.float64), generate
+    return value(mask, types.intp, value), generate
+
+
+@intrinsic
+def touch(typing_context: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index], in the second-level cache, and go on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_pointer(context, builder, array, *args), I8.as_pointer())
+        prefetch = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], prefetch)
+        builder.call(function, [pointer, I32(0), I32(2), I32(1)])  # for reading, locality 2 of 0..3, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def widest_vectors(typing_context: Any) -> Any:
+    """Let the function that calls this use vectors of 512 bits, where the processor has them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for attribute in ("prefer-vector-width", "min-legal-vector-width"):
+            set.add(builder.function.attributes, f'"{attribute}"="512"')  # llvmlite's own `add` knows no pairs
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def optional(nothing: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -137,21 +184,26 @@ def optional(nothing: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
 # ---- the code that they make -----------------------------------------------------------------------------------------
 
 
-def _loaded(context: Any, builder: Any, operand: Any, value: Any, index: Any) -> Any:
-    """float64 of the element of an array, or the number itself."""
-    if not isinstance(operand, types.Array):
+def _loaded(context: Any, builder: Any, operand: Any, value: Any, index: Any, real: Any) -> Any:
+    """The element of an array, or the number itself, as a `real`."""
+    if isinstance(operand, types.Array):
+        value = builder.load(_pointer(context, builder, operand, value, index))
+        if operand.dtype == types.uint16:
+            value = builder.fpext(builder.bitcast(value, F16), F32)
+        elif operand.dtype == types.int16:
+            value = builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
+    return _converted(builder, value, F32 if real == types.float32 else F64)
+
+
+def _converted(builder: Any, value: Any, real: Any) -> Any:
+    """float32 or float64 as the other, or as it is."""
+    if value.type == real:
         return value
-    value = builder.load(_pointer(context, builder, operand, value, index))
-    if operand.dtype == types.uint16:
-        value = builder.fpext(builder.bitcast(value, F16), F32)
-    elif operand.dtype == types.int16:
-        value = builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
-    return value if operand.dtype == types.float64 else builder.fpext(value, F64)
+    return builder.fpext(value, F64) if real == F64 else builder.fptrunc(value, F32)
 
 
 def _store(context: Any, builder: Any, array: Any, target: Any, index: Any, value: Any) -> None:
-    if array.dtype != types.float64:
-        value = builder.fptrunc(value, F32)
+    value = _converted(builder, value, F64 if array.dtype == types.float64 else F32)
     if array.dtype == types.uint16:
         value = builder.bitcast(builder.fptrunc(value, F16), I16)
     elif array.dtype == types.int16:

@@ -22,10 +22,22 @@ memory-bound calls pay nothing for it, and offsets of 1e8 cost no accuracy. Acce
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
-from nbnorm_backends.numba_cpu.activations import activate, slope
-from nbnorm_backends.numba_cpu.elements import at, keep, load, optional, plus, store, times
+from nbnorm_backends.numba_cpu.activations import activate, curved, slope
+from nbnorm_backends.numba_cpu.elements import (
+    at,
+    at_like,
+    keep,
+    load,
+    optional,
+    plus,
+    store,
+    times,
+    touch,
+    widest_vectors,
+)
 
 # Reductions may be reordered into vector lanes; nothing may assume away NaN and Inf. fastmath=True, "nnan" and
 # "ninf" break them, "arcp" turns x / denormal into infinity.
@@ -33,7 +45,10 @@ REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogi
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
+LINE = 64  # bytes of a cache line
+STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
+HUGE = 1e30  # means and scales below it, and above its reciprocal, leave float32 room
 POOR_PIVOT = 8.0  # redo about the mean when (sum of deviations)^2 > 8 * n * m2: beyond it a digit is lost
 
 
@@ -71,12 +86,51 @@ def sums(x, pivot, mask, before):
 
 
 @PLAIN
-def affine(x, mean, scale, w, b, residual, mask, before, after, y):
-    """y = after((u - mean) * scale * w + b + residual)"""
-    for i in range(x.size):
-        d = activate(before, x, load(x, i)) - at(mean, i)
-        z = plus(plus(times(d * at(scale, i), w, i), b, i), residual, i)
-        store(y, i, keep(mask, i, activate(after, y, z)))
+def affine(x, ahead, mean, scale, low, w, b, residual, mask, before, after, y):
+    """y = after(((u - mean) * scale + low) * w + b + residual), in float32 where scale is one; `ahead` is a row that
+    will be read soon."""
+    widest_vectors()
+    for begin in range(0, x.size, STRIDE):
+        end = min(begin + STRIDE, x.size)
+        fetch(ahead, begin, end)
+        for i in range(begin, end):
+            d = activate(before, x, at_like(scale, x, i)) - at_like(scale, mean, i)
+            z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
+            store(y, i, keep(mask, i, activate(after, y, z)))
+
+
+@PLAIN
+def fetch(row, begin, end):
+    """Ask for the lines of row[begin:end]."""
+    for i in range(begin, min(end, row.size), LINE // row.itemsize):
+        touch(row, i)
+
+
+def affine_double(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
+    affine(x, ahead, mean, scale, None, w, b, residual, mask, before, after, y)
+
+
+def affine_single(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
+    """In float32, where nothing in between can overflow or vanish: the mean in two parts, so that x - mean is exact."""
+    if abs(mean) < HUGE and (scale == 0.0 or 1.0 / HUGE < abs(scale) < HUGE):
+        high = np.float32(mean)
+        low = (high - mean) * scale
+        if w is None:
+            affine(x, ahead, high, np.float32(scale), None, w, b + low, residual, mask, before, after, y)
+        else:
+            affine(x, ahead, high, np.float32(scale), low, w, b, residual, mask, before, after, y)
+    else:
+        affine(x, ahead, mean, scale, None, w, b, residual, mask, before, after, y)
+
+
+def affine_run(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
+    """`affine` of a run, where mean and scale are numbers."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(affine_run)
+def _(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
+    return affine_single if x.dtype != types.float64 and curved(before, after) else affine_double
 
 
 @PLAIN
@@ -91,6 +145,7 @@ def gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after):
 @REDUCE
 def backward_sums(dy, x, mean, scale, w, b, residual, mask, before, after, weights):
     """sum(t * weights), sum(t * weights * (u - mean)); without `weights` sum(t), sum(t * (u - mean))"""
+    widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(x.size):
@@ -104,6 +159,7 @@ def backward_sums(dy, x, mean, scale, w, b, residual, mask, before, after, weigh
 @PLAIN
 def add_backward_row(dy, x, mean, scale, w, b, residual, mask, before, after, weights, s, q):
     """`backward_sums` of every column on its own."""
+    widest_vectors()
     for i in range(x.size):
         d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
         t = times(t, weights, i)
@@ -114,6 +170,7 @@ def add_backward_row(dy, x, mean, scale, w, b, residual, mask, before, after, we
 @PLAIN
 def add_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after, dw, db):
     """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = (u - mean) * scale."""
+    widest_vectors()
     for i in range(x.size):
         d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
         dw[i] += t * (d * at(scale, i))
@@ -123,6 +180,7 @@ def add_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after, dw,
 @REDUCE
 def row_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after):
     """Where one weight and one bias serve the whole row: sum(t * xhat), sum(t)"""
+    widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(x.size):
@@ -135,6 +193,7 @@ def row_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after):
 @PLAIN
 def backward_affine(dy, x, mean, scale, w, b, residual, mask, before, after, k1, k2, addend, dz, dx):
     """dx = (t * scale * w - (u - mean) * k2 - k1) * before'(x) + addend, and dz = t"""
+    widest_vectors()
     for i in range(x.size):
         d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
         store(dz, i, t)
@@ -262,16 +321,19 @@ def add_group(source, addend, total, i, j):
 
 @PLAIN
 def runs_forward(
-    chunk, groups, x, w, b, center, eps, find, stats, residual, mask, before, after, source, addend, total, y
+    chunk, groups, leap, x, w, b, center, eps, find, stats, residual, mask, before, after, source, addend, total, y
 ):
     """Groups [chunk*groups, ...): statistics where `find` asks, then y, unless it is empty, while x is in the cache.
 
-    Where `source` is not None, x is the memory of `total`, and total = source + addend comes first.
+    Where `source` is not None, x is the memory of `total`, and total = source + addend comes first. `leap` chunks on
+    lies the chunk that this thread is likely to do next, which is fetched to the cache meanwhile; 0 for none.
     """
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
-    for p in range(chunk * groups, min((chunk + 1) * groups, n * g)):
+    end = min((chunk + 1) * groups, n * g)
+    for p in range(chunk * groups, end):
         i, j = p // g, p % g
+        coming = p + 1 if p + 1 < end else (chunk + leap) * groups
         add_group(source, addend, total, i, j)
         if find:
             group_moments(x, mask, constant, before, i, j, center, eps, p, stats)
@@ -281,10 +343,11 @@ def runs_forward(
                 for m in range(c):
                     xs, ys, rs = x[i, k, j, m], y[i, k, j, m], run_of(residual, i, k, j, m)
                     ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
+                    ahead = x[coming // g, k, coming % g, m] if leap and coming < n * g else xs[:0]
                     if ws.size > 1:
-                        affine(xs, mean, rstd, ws, bs, rs, ms, before, after, ys)
+                        affine_run(xs, ahead, mean, rstd, ws, bs, rs, ms, before, after, ys)
                     else:
-                        affine(xs, mean, rstd * ws[0], None, bs[0], rs, ms, before, after, ys)
+                        affine_run(xs, ahead, mean, rstd * ws[0], None, bs[0], rs, ms, before, after, ys)
 
 
 @PLAIN
@@ -448,7 +511,8 @@ def period_of(wr, w):
 
 @PLAIN
 def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, residual, mask, before, after, y):
-    """y = after(((u - mean) * a) * wr + b or br + residual); mean, a, b (n, w)."""
+    """y = after((u - mean) * a + b + residual), or after(((u - mean) * a + b) * wr + br + residual); mean, a, b (n, w),
+    all float64 or all float32."""
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
@@ -460,13 +524,14 @@ def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, residual, 
             for k in range(r0, r1):
                 xs, ys, rs = x[i, k, j:e], y[i, k, j:e], row_of(residual, i, k, j, e)
                 ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                ahead = x[i, k + 1, j:e] if k + 1 < x.shape[1] else xs[:0]
                 if wr is None:
-                    affine(xs, m, scale, None, shift, rs, ms, before, after, ys)
+                    affine(xs, ahead, m, scale, None, None, shift, rs, ms, before, after, ys)
                 elif wr.shape[1] == 1:
-                    affine(xs, m, scale, wr[k, 0], br[k, 0], rs, ms, before, after, ys)
+                    affine(xs, ahead, m, scale, shift, wr[k, 0], br[k, 0], rs, ms, before, after, ys)
                 else:
                     u, v = j % c, j % c + e - j
-                    affine(xs, m, scale, wr[k, u:v], br[k, u:v], rs, ms, before, after, ys)
+                    affine(xs, ahead, m, scale, shift, wr[k, u:v], br[k, u:v], rs, ms, before, after, ys)
             j = e
 
 

@@ -26,6 +26,8 @@ Kernel = Callable[..., None]
 class Scheduler(Protocol):
     """What runs ``kernel(chunk, *args)`` for every chunk; `parallel` says whether the work is worth sharing."""
 
+    threads: int
+
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None: ...
 
 

@@ -36,8 +36,11 @@ def forward(
     w, b = _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
     groups = _groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
-    args = groups, _runs(x), w, b, center, eps, find, stats, *_options(x, options), *map(_optional, joined), _runs(y)
-    scheduler.run(kernels.runs_forward, chunks, args, parallel=x.size > TUNING.serial)
+    parallel = x.size > TUNING.serial
+    leap = scheduler.threads if parallel and x.size // stats.shape[1] <= TUNING.cached else 0
+    found = groups, leap, _runs(x), w, b, center, eps, find, stats
+    args = *found, *_options(x, options), *map(_optional, joined), _runs(y)
+    scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)
 
 
 def backward(

@@ -13,8 +13,9 @@ class Tuning:
     shares: int = 64  # most chunks that keep partial sums of their own: bounds their memory
     thin: int = 16  # partial sums hold at most a sixteenth of x's elements, twice, in float64
     width: int = 1024  # columns of a tile: float64 sums, pivots and coefficients of a row stay in L1
-    fold: int = 512  # columns that short rows are folded to, so that the inner loop fills vectors
+    fold: int = 1024  # columns that short rows are folded to, so that the inner loop fills vectors
     depth: int = 32  # rows that must remain: each column costs sums and coefficients of its own, in float64
+    cached: int = 262144  # a group that stays in a core's cache with the next one, which is fetched meanwhile
     serial: int = 131072  # below this a hand-over to helpers (17-30 us) costs more than it gains
 
 
