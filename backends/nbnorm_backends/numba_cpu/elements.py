@@ -56,7 +56,7 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
     """float64(array[index]); index is not negative."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _loaded(context, builder, array, *args, types.float64)
+        return _loaded(context, builder, array, args[0], args[1], types.float64)
 
     return types.float64(array, types.intp), generate
 
@@ -81,7 +81,7 @@ def at(typing_context: Any, operand: Any, index: Any) -> Any:
     """The number itself, or the array's element, as float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _loaded(context, builder, operand, *args, types.float64)
+        return _loaded(context, builder, operand, args[0], args[1], types.float64)
 
     return types.float64(operand, types.intp), generate
 
@@ -161,22 +161,28 @@ def widest_vectors(typing_context: Any) -> Any:
     return types.void(), generate
 
 
-def optional(nothing: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function for kernels; where its first argument is None, compile `nothing`, of the same parameters.
+def chosen(choose: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    """A function for kernels, compiled as the one that `choose` returns for the types of its arguments.
 
-    ``if mask is None`` in the function itself would not do: Numba types both branches.
+    An ``if`` in one function would not do: Numba types both branches.
     """
+
+    def stub(*_: Any) -> Any:
+        raise NotImplementedError("for kernels")
+
+    overload(stub)(choose)
+    return stub
+
+
+def optional(nothing: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for kernels; where its first argument is None, compile `nothing`, of the same parameters."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def choose(first: Any, *_: Any) -> Callable[..., Any]:
             return nothing if isinstance(first, types.NoneType) else function
 
-        def stub(*_: Any) -> None:
-            raise NotImplementedError(f"{function.__name__} is for kernels")
-
         choose.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-        overload(stub)(choose)
-        return stub
+        return chosen(choose)
 
     return decorate
 

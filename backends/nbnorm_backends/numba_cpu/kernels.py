@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit, types
-from numba.extending import overload
 
 from nbnorm_backends.numba_cpu.activations import activate, curved, slope
 from nbnorm_backends.numba_cpu.elements import (
     at,
     at_like,
+    chosen,
     keep,
     load,
     optional,
@@ -123,13 +123,9 @@ def affine_single(x, ahead, mean, scale, w, b, residual, mask, before, after, y)
         affine(x, ahead, mean, scale, None, w, b, residual, mask, before, after, y)
 
 
+@chosen
 def affine_run(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
     """`affine` of a run, where mean and scale are numbers."""
-    raise NotImplementedError("for kernels")
-
-
-@overload(affine_run)
-def _(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
     return affine_single if x.dtype != types.float64 and curved(before, after) else affine_double
 
 
