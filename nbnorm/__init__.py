@@ -2,9 +2,16 @@
 
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads
-from nbnorm.derived import add_layer_norm, add_rms_norm, batch_renorm, lengths_to_mask, weight_standardization
+from nbnorm.derived import (
+    add_layer_norm,
+    add_rms_norm,
+    batch_renorm,
+    lengths_to_mask,
+    norm_dropout,
+    weight_standardization,
+)
 from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
-from nbnorm.engine import Pullback
+from nbnorm.engine import Pullback, SecondPullback
 from nbnorm.errors import BackendError
 from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
 from nbnorm.operation import explain, vjp
@@ -27,6 +34,7 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "Pullback",
+    "SecondPullback",
     "Welford",
     "add_layer_norm",
     "add_rms_norm",
@@ -40,6 +48,7 @@ __all__ = [
     "lengths_to_mask",
     "local_response_norm",
     "moments",
+    "norm_dropout",
     "normalize",
     "rms_norm",
     "trace",

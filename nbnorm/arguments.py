@@ -165,6 +165,22 @@ def check_statistics(
     return statistics
 
 
+def check_ghost_batch_size(call: Call, value: Any, channel: int) -> int:
+    size = check_index("ghost_batch_size", value)
+    shape = call.x.view.shape
+    if size < 1:
+        raise ValueError(f"ghost_batch_size must be at least 1; got {size}")
+    if channel == 0:
+        raise ValueError(f"ghost_batch_size needs the samples on axis 0 of x {shape}; got the channels there")
+    samples = shape[0] % size or min(size, shape[0])  # of the smallest ghost batch
+    if call.fixed is None and call.x.view.size and call.mask is None and samples * call.axes.count == shape[0]:
+        raise ValueError(
+            f"ghost_batch_size must leave more than 1 value per channel in each ghost batch, to have a variance; got "
+            f"{size} for x {shape}"
+        )
+    return size
+
+
 def _check_running(call: Call, array: Array, name: str) -> Operand:
     adapter, view, dtype = float_view(array, name)
     shape = _param_shape(call)

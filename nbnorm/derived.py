@@ -1,8 +1,10 @@
-"""Operations that are a norm of something: of a sum, of a convolution kernel; and the mask of padded sequences."""
+"""Operations made of a norm: of a sum, of a kernel, beside dropout; and the mask of padded sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from nbnorm.arguments import (
 from nbnorm.arrays import Array, adapter_of
 from nbnorm.backend import Backend
 from nbnorm.checks import check_index, check_number
-from nbnorm.engine import Call, Renorm, check_like
-from nbnorm.operation import operation
+from nbnorm.dropout import Dropout
+from nbnorm.engine import Call, Operand, Renorm, check_like
+from nbnorm.ghost import GhostCall
+from nbnorm.operation import Prepared, operation, prepared
 
 
 @operation("tuple[Array, Array]")
@@ -244,6 +248,82 @@ def weight_standardization(
     axes = layout.over(operand.view.shape, others, params=False)
     call = Call("weight_standardization", operand, dtype, axes, eps=check_number("eps", eps))
     return check_call(call, None, None, out=out, backend=backend)
+
+
+@operation("Any")
+def norm_dropout(
+    op: Callable[..., Any], *args: Any, p: float, seed: int, first: str = "norm", **kwargs: Any
+) -> Prepared:
+    """Normalize, then set elements to 0 at random: ``dropout(op(*args, **kwargs))``.
+
+    Parameters
+    ----------
+    op : one of the norms, such as `nbnorm.batch_norm`
+    *args, **kwargs
+        Its arguments.
+    p : float from 0 to 1
+        Probability of an element to become 0; the others are multiplied by ``1 / (1 - p)``. Give 0 in evaluation.
+    seed : int from 0, below 2**128
+        Chooses the elements. Another one for each call: two calls with one seed drop the same elements.
+    first : "norm" or "dropout"
+        With "dropout" x is dropped before it is normalized, at the price of a copy of x. In front of batch norm that
+        makes the statistics of training wrong for evaluation, of which a warning tells once.
+
+    Returns
+    -------
+    What `op` returns
+        Which elements are 0 follows from the seed and their indices alone: not from threads, backend or memory order.
+        The pullback makes the choice anew; no mask is kept.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As `op` does, and for p, seed and first.
+
+    Notes
+    -----
+    Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (2014); on the order: Li et
+    al., "Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift" (2019).
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> x = np.array([[1.0, 3.0, 1.0, 3.0]])
+    >>> nbnorm.norm_dropout(nbnorm.layer_norm, x, 4, eps=1e-9, p=0.5, seed=1).round(6).tolist()
+    [[0.0, 0.0, -2.0, 2.0]]
+    """
+    call = prepared(op, args, kwargs)
+    whole = call.whole if isinstance(call, GhostCall) else call
+    if not isinstance(whole, Call) or whole.op == "moments":
+        raise TypeError(f"op must be a norm by mean and variance; got nbnorm.{op.__name__}")
+    dropout = Dropout(check_number("p", p), check_index("seed", seed))
+    if not 0 <= dropout.p <= 1:
+        raise ValueError(f"p must be from 0 to 1; got {p}")
+    if not 0 <= dropout.seed < 2**128:
+        raise ValueError(f"seed must be from 0, below 2**128; got {seed}")
+    if first not in ("norm", "dropout"):
+        raise ValueError(f"first must be norm or dropout; got {first!r}")
+    if first == "norm":
+        whole.dropout = dropout
+    elif whole.addend is not None:
+        raise ValueError(f"first must be norm for nbnorm.{op.__name__}; got 'dropout'")
+    else:
+        if whole.op in ("batch_norm", "batch_renorm"):
+            _warn_of_variance_shift()
+        x = np.array(whole.x.view, whole.x.view.dtype.newbyteorder("="))  # in the order of its memory
+        whole.x, whole.dropped = Operand(whole.x.given, whole.x.adapter, dropout(x)), dropout
+    return call
+
+
+@cache
+def _warn_of_variance_shift() -> None:
+    """Once a process."""
+    warnings.warn(
+        "dropout before batch norm: in training its zeros and its factor raise the variance that the running "
+        "statistics learn, and in evaluation, without dropout, they normalize with a variance that is too large; put "
+        "dropout behind the last batch norm",
+        stacklevel=4,
+    )
 
 
 def lengths_to_mask(lengths: Any, max_length: int | None = None) -> Any:

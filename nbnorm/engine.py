@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm import dispatch, layout
+from nbnorm import composed, dispatch, layout
 from nbnorm.arrays import Array, NumpyArrays, float_view, overlap, read_only
 from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, masked_rstd, reciprocal_std
+from nbnorm.dropout import Dropout
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
 
@@ -35,13 +36,12 @@ class Operand:
         self.adapter.written(self.given)
 
 
-def check_like(x: Operand, array: Array, name: str) -> Operand:
-    """An array of x's shape and dtype; ValueError, where it is not."""
+def check_like(other: Operand, array: Array, name: str, *, as_: str = "x") -> Operand:
+    """An array of the shape and dtype of another, x if not named; ValueError, where it is not."""
     adapter, view, _ = float_view(array, name)
-    if view.shape != x.view.shape or view.dtype.newbyteorder("=") != x.view.dtype.newbyteorder("="):
-        raise ValueError(
-            f"{name} must have x's shape {x.view.shape} and dtype {x.view.dtype}; got {view.shape} and {view.dtype}"
-        )
+    shape, dtype = other.view.shape, other.view.dtype
+    if view.shape != shape or view.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+        raise ValueError(f"{name} must have {as_}'s shape {shape} and dtype {dtype}; got {view.shape} and {view.dtype}")
     return Operand(array, adapter, view)
 
 
@@ -85,6 +85,8 @@ class Call:
     fixed: tuple[Operand, Operand] | None = None  # (mean, var) that normalize instead of x's own
     running: Running | None = None  # updated after success
     renorm: Renorm | None = None
+    dropout: Dropout | None = None  # of the result
+    dropped: Dropout | None = None  # that was applied to x, which is its result
     out: Operand | None = None
     return_moments: bool = False
     backend: str | Backend | None = None
@@ -111,16 +113,6 @@ class Call:
         """The decision for the call, without running it."""
         placed = place(self)
         return dispatch.decide(request(self, placed.plan), self.backend, placed.copies)
-
-
-@dataclass(slots=True)
-class Ran:
-    """What a forward leaves for its pullback."""
-
-    plan: Plan
-    backend: Backend
-    saved: Saved | None = None  # None for an empty x
-    factors: tuple[NDArray[Any], NDArray[Any]] | None = None  # r and d of a batch renormalization
 
 
 @dataclass(slots=True)
@@ -243,28 +235,37 @@ def moments(call: Call) -> Moments:
 
 def _run(call: Call) -> tuple[Any, Ran]:
     """Forward, what its pullback needs, and the commit of the running statistics."""
+    y, total, batch, ran = compute(call)
+    return finish(call, y, total, batch), ran
+
+
+def compute(call: Call) -> tuple[NDArray[Any], NDArray[Any], Moments | None, Ran]:
+    """y and x + addend (x itself without one) in the caller's shape, the moments where they are x's own and called for,
+    and what a pullback needs. Nothing of the caller's is written but `out`."""
     placed = place(call)
     backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
-    ran = Ran(placed.plan, backend)
-    if call.x.view.size:
-        y, total, found = _forward(call, placed, ran)
-    else:
-        y, total, found = np.empty_like(call.x.view), np.empty_like(call.x.view), None
-    if call.out is None:
-        result = call.x.wrap(y)
-    else:
+    ran = Ran(call, placed.plan, backend)
+    wanted = call.fixed is None and (call.running is not None or call.return_moments)
+    if not call.x.view.size:
+        batch = _no_moments(call.axes) if wanted else None
+        return np.empty_like(call.x.view), np.empty_like(call.x.view), batch, ran
+    y, total, found = _forward(call, placed, ran)
+    batch = _logical_moments(found, call.axes, placed.plan) if wanted and found is not None else None
+    return y, total, batch, ran
+
+
+def finish(call: Call, y: NDArray[Any], total: NDArray[Any], batch: Moments | None) -> Any:
+    """What the caller gets; `out` and the running statistics are written."""
+    if call.dropout is not None:
+        y = call.dropout(y)
+    result: Any = call.x.wrap(y) if call.out is None else call.out.given
+    if call.out is not None:
         call.out.write(y)
-        result = call.out.given
     if call.addend is not None:
         result = result, call.x.wrap(total)
-    if call.running is None and not call.return_moments:
-        return result, ran
-    batch = _no_moments(call.axes) if ran.saved is None else None
-    if found is not None:
-        batch = _logical_moments(found, call.axes, placed.plan)
     if call.running is not None and batch is not None:
         _commit(call.running, batch)
-    return ((result, batch) if call.return_moments else result), ran
+    return (result, batch) if call.return_moments else result
 
 
 def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArray[Any], Moments | None]:
@@ -379,6 +380,62 @@ def _no_moments(axes: Axes) -> Moments:
     return Moments(0, zeros, zeros)
 
 
+@dataclass(slots=True)
+class Ran:
+    """A forward that ran, and what its gradients need. They are NumPy arrays in the caller's shapes: those of x and
+    residual of x's dtype, those of weight and bias in float64."""
+
+    call: Call
+    plan: Plan
+    backend: Backend
+    saved: Saved | None = None  # None for an empty x
+    factors: tuple[NDArray[Any], NDArray[Any]] | None = None  # r and d of a batch renormalization
+
+    def gradients(self, dy: NDArray[Any], dtotal: NDArray[Any] | None) -> Grads:
+        if self.saved is None:
+            return self._zeros()
+        addend = None if dtotal is None else self._five_axes(dtotal)
+        return self._logical(self.backend.backward(self._five_axes(dy), self.saved, addend=addend))
+
+    def second(self, dy: NDArray[Any], cotangents: Grads) -> tuple[NDArray[Any], Grads]:
+        """Gradients with respect to dy, and to what the first gradients depend on, of their product with cotangents."""
+        if self.saved is None:
+            return np.zeros_like(dy), self._zeros()
+        x, residual = (None if v is None else self._five_axes(v) for v in (cotangents.x, cotangents.residual))
+        weight, bias = (None if v is None else view_param(v, self.call.axes, self.plan) for v in cotangents[1:3])
+        given = Grads(x, weight, bias, residual)
+        ddy, found = composed.second_backward(self.backend, self._five_axes(dy), self.saved, given)
+        return from_five_axes(ddy, self.call, self.plan), self._logical(found)
+
+    def _five_axes(self, array: NDArray[Any]) -> NDArray[Any]:
+        return view_input(array, self.call.axes, self.plan)
+
+    def _logical(self, found: Grads) -> Grads:
+        weight, bias = found.weight, found.bias
+        if self.factors is not None and weight is not None:
+            r, d = self.factors
+            weight = r * weight + d * bias
+        dx = from_five_axes(found.x, self.call, self.plan)
+        dresidual = dx if self.call.addend is not None else None
+        if found.residual is not None:
+            dresidual = from_five_axes(found.residual, self.call, self.plan)
+        params = (self._param(self.call.weight, weight), self._param(self.call.bias, bias))
+        return Grads(dx, *params, dresidual)
+
+    def _param(self, param: Operand | None, found: NDArray[Any] | None) -> NDArray[Any] | None:
+        if param is None:
+            return None
+        assert found is not None, "the backend returned no gradient for a parameter"
+        lengths = tuple(self.call.axes.param_shape[axis] for axis in self.plan.param_order)
+        back = layout.inverse(self.plan.param_order)
+        return found.reshape(lengths).transpose(back).reshape(param.view.shape)
+
+    def _zeros(self) -> Grads:
+        call = self.call
+        operands = call.x, call.weight, call.bias, call.residual or call.addend
+        return Grads._make(None if operand is None else np.zeros_like(operand.view) for operand in operands)
+
+
 class Pullback:
     """Maps the gradient of a result to the gradients of its inputs; made by `nbnorm.vjp`.
 
@@ -386,7 +443,7 @@ class Pullback:
     `nbnorm.explain` tells of, if there are any: the inputs must not change before it is called.
     """
 
-    def __init__(self, call: Call, ran: Ran) -> None:
+    def __init__(self, call: Call, ran: Any) -> None:
         self._call, self._ran = call, ran
 
     def __call__(self, dy: Any) -> Grads:
@@ -403,50 +460,108 @@ class Pullback:
             Each gradient of the kind, dtype and shape of what it belongs to; None where there is nothing. Where x and
             residual are added before the norm, their gradients are one array.
         """
-        call, saved, plan = self._call, self._ran.saved, self._ran.plan
-        dy, dtotal = self._parts(dy)
-        dy5, dtotal5 = self._five_axes(dy, "dy"), None if dtotal is None else self._five_axes(dtotal, "dh")
-        if saved is None or dy5 is None:
-            return self._empty()
-        found = self._ran.backend.backward(dy5, saved, addend=dtotal5)
-        dx = call.x.wrap(from_five_axes(found.x, call, plan))
-        dresidual = dx if call.addend is not None else None
-        if call.residual is not None:
-            dresidual = call.residual.wrap(from_five_axes(found.residual, call, plan))
-        return Grads(dx, *self._param_grads(found), dresidual)
+        call, dtotal = self._call, None
+        if call.addend is not None:
+            if not isinstance(dy, tuple) or len(dy) != 2:
+                raise TypeError(f"dy must be the pair (dy, dh), as the result is (y, h); got {type(dy).__name__}")
+            dy, dtotal = dy[0], None if dy[1] is None else self._checked(dy[1], "dh")
+        view = self._checked(dy, "dy")
+        if call.dropout is not None:
+            view = call.dropout(np.array(view, view.dtype.newbyteorder("=")))
+        return self._given_back(self._ran.gradients(view, dtotal))
 
-    def _parts(self, dy: Any) -> tuple[Array, Array | None]:
-        if self._call.addend is None:
-            return dy, None
-        if not isinstance(dy, tuple) or len(dy) != 2:
-            raise TypeError(f"dy must be the pair (dy, dh), as the result is (y, h); got {type(dy).__name__}")
-        return dy
+    def vjp(self, dy: Any) -> tuple[Grads, SecondPullback]:
+        """The gradients for one cotangent, and the function that takes gradients back through them.
 
-    def _five_axes(self, dy: Array, name: str) -> NDArray[Any] | None:
-        """A gradient of x's size as backends take it; None where it is empty."""
-        view = check_like(self._call.x, dy, name).view
-        return view_input(view, self._call.axes, self._ran.plan) if view.size else None
+        Parameters
+        ----------
+        dy : array of x's shape and dtype
 
-    def _param_grads(self, found: Grads) -> tuple[Array | None, Array | None]:
-        weight, bias = found.weight, found.bias
-        if self._ran.factors is not None and weight is not None:
-            r, d = self._ran.factors
-            weight = r * weight + d * bias
-        return self._param_grad(self._call.weight, weight), self._param_grad(self._call.bias, bias)
+        Returns
+        -------
+        (grads, pullback)
+            What the call returns, and a `SecondPullback`. dy must not change before that runs.
 
-    def _param_grad(self, param: Operand | None, found: NDArray[Any] | None) -> Array | None:
-        if param is None:
-            return None
-        assert found is not None, "the backend returned no gradient for a parameter"
-        axes, plan = self._call.axes, self._ran.plan
-        lengths = tuple(axes.param_shape[axis] for axis in plan.param_order)
-        logical = found.reshape(lengths).transpose(layout.inverse(plan.param_order)).reshape(param.view.shape)
-        return param.wrap(np.ascontiguousarray(logical, param.view.dtype))
+        Raises
+        ------
+        TypeError
+            With an activation or dropout, for the norm of a sum and for batch renormalization, whose second derivatives
+            are not here. An activation can be differentiated apart from the norm.
 
-    def _empty(self) -> Grads:
+        Examples
+        --------
+        >>> import numpy as np, nbnorm
+        >>> x, dy = np.array([[1.0, 2.0, 4.0]]), np.array([[1.0, 0.0, 0.0]])
+        >>> _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 3)
+        >>> grads, pullback2 = pullback.vjp(dy)
+        >>> ddy, second = pullback2(nbnorm.Grads(np.array([[0.0, 1.0, 0.0]])))
+        >>> ddy.round(4).tolist(), second.x.round(4).tolist()
+        ([[-0.3436, 0.5154, -0.1718]], [[-0.18, 0.0982, 0.0818]])
+        """
         call = self._call
+        for present, what in (
+            (call.activation is not None, f"activation={call.activation!r}"),
+            (call.addend is not None, "the norm of a sum"),
+            (call.dropout is not None or call.dropped is not None, "dropout"),
+            (call.renorm is not None, "batch renormalization"),
+        ):
+            if present:
+                raise TypeError(
+                    f"pullback.vjp must be of a norm without an activation; {what} has no second derivatives"
+                )
+        view = self._checked(dy, "dy")
+        return self._given_back(self._ran.gradients(view, None)), SecondPullback(self, view)
 
-        def zeros(operand: Operand | None) -> Array | None:
-            return None if operand is None else operand.wrap(np.zeros(operand.view.shape, operand.view.dtype))
+    def second(self, dy: NDArray[Any], cotangents: Grads) -> tuple[Array, Grads]:
+        """What `SecondPullback` returns."""
+        given: list[NDArray[Any] | None] = []
+        for name, operand, cotangent in zip(Grads._fields, self._operands(), cotangents, strict=True):
+            if cotangent is None:
+                given.append(None)
+            elif operand is None:
+                raise ValueError(f"cotangents.{name} must be None, as there is no {name}")
+            else:
+                given.append(check_like(operand, cotangent, f"cotangents.{name}", as_=name).view)
+        ddy, found = self._ran.second(dy, Grads(*given))
+        return self._call.x.wrap(ddy), self._given_back(found)
 
-        return Grads(zeros(call.x), zeros(call.weight), zeros(call.bias), zeros(call.residual or call.addend))
+    def _operands(self) -> tuple[Operand | None, ...]:
+        call = self._call
+        return call.x, call.weight, call.bias, call.residual or call.addend
+
+    def _checked(self, dy: Array, name: str) -> NDArray[Any]:
+        return check_like(self._call.x, dy, name).view
+
+    def _given_back(self, found: Grads) -> Grads:
+        """Each gradient as its operand's kind and dtype."""
+        if self._call.dropped is not None:
+            found = found._replace(x=self._call.dropped(found.x))
+        grads = Grads._make(
+            None if operand is None else operand.wrap(np.asarray(gradient, operand.view.dtype.newbyteorder("=")))
+            for operand, gradient in zip(self._operands(), found, strict=True)
+        )
+        return grads if self._call.addend is None else grads._replace(residual=grads.x)
+
+
+class SecondPullback:
+    """Maps the gradients of a norm's gradients to the gradients of what those came from; made by `Pullback.vjp`."""
+
+    def __init__(self, pullback: Pullback, dy: NDArray[Any]) -> None:
+        self._pullback, self._dy = pullback, dy
+
+    def __call__(self, cotangents: Grads) -> tuple[Array, Grads]:
+        """Gradients for one cotangent of the gradients. Costs about four passes over x and dy, with temporaries.
+
+        Parameters
+        ----------
+        cotangents : Grads
+            The gradient of a loss with respect to each of the gradients; None stands for zeros.
+
+        Returns
+        -------
+        (ddy, Grads)
+            With respect to dy, and to the inputs of the norm; zeros for the bias and the residual.
+        """
+        if not isinstance(cotangents, Grads):
+            raise TypeError(f"cotangents must be Grads; got {type(cotangents).__name__}")
+        return self._pullback.second(self._dy, cotangents)

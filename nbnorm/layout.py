@@ -37,7 +37,8 @@ class Axes:
 
     Attributes
     ----------
-    shape : the array's shape, with the channel axis split in (groups, channels per group) where a norm needs it.
+    shape : the array's shape, where a norm needs it with the channels split in (groups, channels per group), or the
+        samples in (ghost batches, samples per ghost batch).
     kept : axes whose indices select one statistic; all others are reduced.
     params : axes that weight and bias have, ascending.
     split : the array's axis that became two, if any.
@@ -66,6 +67,13 @@ class Axes:
 def batch(shape: tuple[int, ...], channel_axis: int) -> Axes:
     """Batch norm: one statistic per channel."""
     return Axes(shape, (channel_axis,), (channel_axis,))
+
+
+@lru_cache(maxsize=4096)
+def ghost(shape: tuple[int, ...], size: int, channel_axis: int) -> Axes:
+    """Batch norm over ghost batches: one statistic per `size` samples and channel."""
+    split = (shape[0] // size, size, *shape[1:])
+    return Axes(split, (0, channel_axis + 1), (channel_axis + 1,), 0)
 
 
 @lru_cache(maxsize=4096)

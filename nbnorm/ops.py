@@ -10,6 +10,7 @@ from nbnorm.arguments import (
     check_axis,
     check_backend,
     check_call,
+    check_ghost_batch_size,
     check_mask,
     check_rms_eps,
     check_statistics,
@@ -20,6 +21,7 @@ from nbnorm.arrays import Array
 from nbnorm.backend import Backend
 from nbnorm.checks import check_index, check_number
 from nbnorm.engine import Call
+from nbnorm.ghost import GhostCall
 from nbnorm.operation import PREPARATIONS, operation
 from nbnorm.statistics import Moments
 
@@ -42,8 +44,9 @@ def batch_norm(
     residual: Array | None = None,
     out: Array | None = None,
     return_moments: bool = False,
+    ghost_batch_size: int | None = None,
     backend: str | Backend | None = None,
-) -> Call:
+) -> Call | GhostCall:
     """Normalize each channel over the batch and space: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
     In training the statistics are those of x, and the running statistics, where given, are updated in place, once,
@@ -75,6 +78,9 @@ def batch_norm(
         ``activation(norm(x) + residual)``, or ``norm(activation(x)) + residual``.
     residual : array of x's shape and dtype
         Added, as `order` says.
+    ghost_batch_size : int
+        In training, normalize so many samples at a time, each with statistics of their own; the last ones may be
+        fewer. The running statistics, and the moments, are those of the whole batch. Ignored in evaluation.
     out : array like x
         Where to write the result; x itself, or memory apart from it.
     return_moments : bool
@@ -98,8 +104,9 @@ def batch_norm(
     Notes
     -----
     Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
-    (2015). On the Numba backend x is read twice and y written once; x comes from memory
-    once where a channel fits in the cache.
+    (2015); ghost batches: Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the generalization gap
+    in large batch training of neural networks" (2017). On the Numba backend x is read twice and y written once; x comes
+    from memory once where a channel fits in the cache.
 
     Examples
     --------
@@ -117,7 +124,8 @@ def batch_norm(
     call = Call("batch_norm", operand, dtype, axes, eps=check_number("eps", eps))
     check_call(call, weight, bias, mask, activation, order, residual, out, return_moments, backend)
     check_statistics(call, running_mean, running_var, training, momentum, "training")
-    return call
+    ghost = None if ghost_batch_size is None else check_ghost_batch_size(call, ghost_batch_size, channel)
+    return GhostCall(call, ghost) if ghost is not None and training else call
 
 
 @operation("Array | tuple[Array, Moments]")
