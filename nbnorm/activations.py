@@ -33,19 +33,16 @@ def _gelu_slope(z: Float64s) -> Float64s:
 
 
 def _gelu_tanh_inner(z: Float64s) -> Float64s:
-    """The argument of the tanh that stands for the normal distribution (Hendrycks and Gimpel, 2016)."""
-    return np.asarray(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
-
-
-def _gelu_tanh(z: Float64s) -> Float64s:
-    return np.asarray(0.5 * z * (1 + np.tanh(_gelu_tanh_inner(z))))
+    """Twice the argument of the tanh that stands for the normal distribution (Hendrycks and Gimpel, 2016): half of
+    1 + tanh(u) is the sigmoid of 2u, which does not cancel."""
+    return np.asarray(np.sqrt(8 / np.pi) * (z + 0.044715 * z**3))
 
 
 def _gelu_tanh_slope(z: Float64s) -> Float64s:
-    t = np.tanh(_gelu_tanh_inner(z))
-    flat = 1 - t * t
-    bend = 0.5 * z * flat * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z * z)
-    return np.asarray(0.5 * (1 + t) + np.where(flat == 0, 0.0, bend))  # far out 0 * inf would be NaN
+    s = expit(_gelu_tanh_inner(z))
+    flat = s * expit(-_gelu_tanh_inner(z))
+    bend = z * flat * np.sqrt(8 / np.pi) * (1 + 3 * 0.044715 * z * z)
+    return np.asarray(s + np.where(flat == 0, 0.0, bend))  # far out 0 * inf would be NaN
 
 
 _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -53,7 +50,7 @@ _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "leaky_relu": (lambda z: np.where(z > 0, z, LEAK * z), lambda z: np.where(z > 0, 1.0, LEAK)),
     "silu": (lambda z: z * expit(z), _silu_slope),
     "gelu": (lambda z: z * ndtr(z), _gelu_slope),
-    "gelu_tanh": (_gelu_tanh, _gelu_tanh_slope),
+    "gelu_tanh": (lambda z: z * expit(_gelu_tanh_inner(z)), _gelu_tanh_slope),
     "sigmoid": (expit, _sigmoid_slope),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
 }

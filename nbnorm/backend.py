@@ -152,7 +152,8 @@ class Backend(ABC):
 
     def fuses(self, request: Request) -> bool:
         """Whether the request runs in one pass over memory, or else is composed from the methods above and NumPy."""
-        return not request.mask and not request.residual and request.activation is None
+        joined = request.mask or request.residual or request.activation is not None
+        return not joined and request.op not in ("add_layer_norm", "add_rms_norm")
 
     def statistics(self, x: View, *, center: bool, mask: View | None = None, epilogue: Epilogue = PLAIN) -> Moments:
         """`moments` of the elements that count, after the activation where that comes first."""
@@ -196,7 +197,8 @@ class Backend(ABC):
     ) -> tuple[View, View, Moments, Stats]:
         """(y, total, moments, rstd): total = x + addend in x's dtype, and y its norm."""
         total = np.empty(x.shape, x.dtype)
-        np.add(x, addend, out=total)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add(x, addend, out=total)
         y, found, rstd = self.forward(read_only(total), weight, bias, eps, center=center, out=out)
         assert found is not None
         return y, total, found, rstd
@@ -206,7 +208,8 @@ class Backend(ABC):
         added to that of x."""
         if addend is not None:
             grads = self.backward(dy, saved)
-            return grads._replace(x=np.add(grads.x, addend, out=grads.x))
+            with np.errstate(over="ignore", invalid="ignore"):
+                return grads._replace(x=np.add(grads.x, addend, out=grads.x))
         epilogue = saved.epilogue
         if saved.mask is not None or epilogue.activation is not None or epilogue.residual is not None:
             return composed.backward(self, dy, saved)

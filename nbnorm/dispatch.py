@@ -49,6 +49,9 @@ class Decision:
         The backends asked before it.
     copies : tuple of str
         What has to be copied before a backend can see it, with the reason.
+    fused : bool
+        Whether the backend has the whole request in its own passes over memory, or its mask, activation or residual are
+        composed around them with NumPy, in temporary arrays.
     """
 
     request: Request
@@ -56,6 +59,7 @@ class Decision:
     chosen: str | None
     rejected: tuple[tuple[str, str], ...]
     copies: tuple[str, ...] = ()
+    fused: bool = True
 
     def __str__(self) -> str:
         op, device, dtype = self.request[:3]
@@ -67,10 +71,11 @@ class Decision:
     def _verdict(self) -> str:
         if self.chosen is None:
             return f"no backend takes it (asked through {self.source})"
+        chosen = self.chosen if self.fused else f"{self.chosen}, composed"
         if self.source == "backend=":
-            return f"{self.chosen} (named by backend=)"
+            return f"{chosen} (named by backend=)"
         order = f"the {BUILT_IN}" if self.source == BUILT_IN else f"{self.source}'s order"
-        return f"{self.chosen} (the first in {order} to take it)"
+        return f"{chosen} (the first in {order} to take it)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +184,16 @@ class Registry:
         decision = self._decided.get(key)
         if decision is None:
             rejected: list[tuple[str, str]] = []
-            chosen = None
+            chosen, fused = None, True
             for name in order:
                 backend = self.load(name)
                 reason = backend if isinstance(backend, str) else _refusal(backend, request)
                 if reason is None:
-                    chosen = name
+                    assert isinstance(backend, Backend)
+                    chosen, fused = name, backend.fuses(request)
                     break
                 rejected.append((name, reason))
-            decision = Decision(request, source, chosen, tuple(rejected))
+            decision = Decision(request, source, chosen, tuple(rejected), fused=fused)
             self._decided[key] = decision
         return decision
 
@@ -433,8 +439,9 @@ def environment_order() -> tuple[str, ...]:
 def _strict(request: Request, backend: str | Backend) -> Decision:
     if isinstance(backend, Backend):
         reason = _refusal(backend, request)
-        rejected = () if reason is None else ((backend.name, reason),)
-        return Decision(request, "backend=", backend.name if reason is None else None, rejected)
+        if reason is not None:
+            return Decision(request, "backend=", None, ((backend.name, reason),))
+        return Decision(request, "backend=", backend.name, (), fused=backend.fuses(request))
     registry.require((backend,))
     return registry.decide((backend,), "backend=", request)
 
