@@ -22,7 +22,7 @@ from nbnorm.arrays import Array, adapter_of
 from nbnorm.backend import Backend
 from nbnorm.checks import check_index, check_number
 from nbnorm.dropout import Dropout
-from nbnorm.engine import Call, Operand, Renorm, check_like
+from nbnorm.engine import Call, Renorm, check_like
 from nbnorm.ghost import GhostCall
 from nbnorm.operation import Prepared, operation, prepared
 
@@ -310,8 +310,7 @@ def norm_dropout(
     else:
         if whole.op in ("batch_norm", "batch_renorm"):
             _warn_of_variance_shift()
-        x = np.array(whole.x.view, whole.x.view.dtype.newbyteorder("="))  # in the order of its memory
-        whole.x, whole.dropped = Operand(whole.x.given, whole.x.adapter, dropout(x)), dropout
+        whole.dropped = dropout
     return call
 
 

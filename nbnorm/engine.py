@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class Call:
     running: Running | None = None  # updated after success
     renorm: Renorm | None = None
     dropout: Dropout | None = None  # of the result
-    dropped: Dropout | None = None  # that was applied to x, which is its result
+    dropped: Dropout | None = None  # of x, before anything else
     out: Operand | None = None
     return_moments: bool = False
     backend: str | Backend | None = None
@@ -235,8 +235,16 @@ def moments(call: Call) -> Moments:
 
 def _run(call: Call) -> tuple[Any, Ran]:
     """Forward, what its pullback needs, and the commit of the running statistics."""
-    y, total, batch, ran = compute(call)
+    y, total, batch, ran = compute(begin(call))
     return finish(call, y, total, batch), ran
+
+
+def begin(call: Call) -> Call:
+    """The call with x as it is normalized: its elements dropped where that comes first, in a copy."""
+    if call.dropped is None:
+        return call
+    x = np.array(call.x.view, call.x.view.dtype.newbyteorder("="))  # in the order of its memory
+    return replace(call, x=Operand(call.x.given, call.x.adapter, call.dropped(x)))
 
 
 def compute(call: Call) -> tuple[NDArray[Any], NDArray[Any], Moments | None, Ran]:

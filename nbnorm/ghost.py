@@ -37,10 +37,10 @@ class GhostCall:
 
     def explain(self) -> dispatch.Decision:
         """The decision for the first part."""
-        return self._parts()[0][1].explain()
+        return self._parts(self.whole)[0][1].explain()
 
     def _run(self) -> tuple[Any, GhostRan]:
-        parts = self._parts()
+        parts = self._parts(engine.begin(self.whole))
         ran, results, batch = [], [], None
         for rows, part in parts:
             y, _, found, forward = engine.compute(part)
@@ -52,24 +52,14 @@ class GhostCall:
         y = _joined(results)
         return engine.finish(self.whole, y, y, batch), GhostRan(ran)
 
-    def _parts(self) -> list[tuple[Rows, Call]]:
+    def _parts(self, call: Call) -> list[tuple[Rows, Call]]:
         """The ghost batches of full size as one call, and what is left as another."""
-        samples = self.whole.x.view.shape[0]
+        samples = call.x.view.shape[0]
         head = samples - samples % self.size
         if head in (0, samples):
-            return [(slice(None), self._part(slice(None), max(1, min(self.size, samples)), self.whole.out))]
+            return [(slice(None), _part(call, slice(None), max(1, min(self.size, samples)), call.out))]
         bounds = slice(0, head), slice(head, samples)
-        return [(rows, self._part(rows, size, None)) for rows, size in zip(bounds, (self.size, samples - head))]
-
-    def _part(self, rows: Rows, size: int, out: Operand | None) -> Call:
-        call = self.whole
-        x = _cut(call.x, rows)
-        (channel,) = call.axes.kept
-        axes = layout.ghost(x.view.shape, size, channel)
-        mask = None if call.mask is None else call.mask[rows] if call.mask.shape[0] > 1 else call.mask
-        residual = None if call.residual is None else _cut(call.residual, rows)
-        keys: dict[str, Any] = {"x": x, "axes": axes, "mask": mask, "residual": residual, "out": out}
-        return replace(call, **keys, running=None, return_moments=True, dropout=None)
+        return [(rows, _part(call, rows, size, None)) for rows, size in zip(bounds, (self.size, samples - head))]
 
 
 @dataclass(slots=True)
@@ -87,6 +77,17 @@ class GhostRan:
             x, residual = (None if v is None else v[rows] for v in (cotangents.x, cotangents.residual))
             found.append(ran.second(dy[rows], cotangents._replace(x=x, residual=residual)))
         return _joined([ddy for ddy, _ in found]), _whole([grads for _, grads in found])
+
+
+def _part(call: Call, rows: Rows, size: int, out: Operand | None) -> Call:
+    """Some samples of the call, `size` of which share a statistic."""
+    x = _cut(call.x, rows)
+    (channel,) = call.axes.kept
+    axes = layout.ghost(x.view.shape, size, channel)
+    mask = None if call.mask is None else call.mask[rows] if call.mask.shape[0] > 1 else call.mask
+    residual = None if call.residual is None else _cut(call.residual, rows)
+    keys: dict[str, Any] = {"x": x, "axes": axes, "mask": mask, "residual": residual, "out": out}
+    return replace(call, **keys, running=None, return_moments=True, dropout=None)
 
 
 def _cut(operand: Operand, rows: Rows) -> Operand:
