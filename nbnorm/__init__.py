@@ -20,7 +20,7 @@ from nbnorm.statistics import Moments
 from nbnorm.welford import Welford
 from nbnorm.whole import local_response_norm, normalize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Array",

@@ -243,8 +243,7 @@ def begin(call: Call) -> Call:
     """The call with x as it is normalized: its elements dropped where that comes first, in a copy."""
     if call.dropped is None:
         return call
-    x = np.array(call.x.view, call.x.view.dtype.newbyteorder("="))  # in the order of its memory
-    return replace(call, x=Operand(call.x.given, call.x.adapter, call.dropped(x)))
+    return replace(call, x=Operand(call.x.given, call.x.adapter, call.dropped(np.array(call.x.view))))
 
 
 def compute(call: Call) -> tuple[NDArray[Any], NDArray[Any], Moments | None, Ran]:
@@ -475,7 +474,7 @@ class Pullback:
             dy, dtotal = dy[0], None if dy[1] is None else self._checked(dy[1], "dh")
         view = self._checked(dy, "dy")
         if call.dropout is not None:
-            view = call.dropout(np.array(view, view.dtype.newbyteorder("=")))
+            view = call.dropout(np.array(view))
         return self._given_back(self._ran.gradients(view, dtotal))
 
     def vjp(self, dy: Any) -> tuple[Grads, SecondPullback]:
@@ -545,7 +544,7 @@ class Pullback:
         if self._call.dropped is not None:
             found = found._replace(x=self._call.dropped(found.x))
         grads = Grads._make(
-            None if operand is None else operand.wrap(np.asarray(gradient, operand.view.dtype.newbyteorder("=")))
+            None if operand is None else operand.wrap(np.asarray(gradient, operand.view.dtype))
             for operand, gradient in zip(self._operands(), found, strict=True)
         )
         return grads if self._call.addend is None else grads._replace(residual=grads.x)

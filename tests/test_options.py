@@ -60,7 +60,15 @@ CASES = [
     Case("layer over both sides", nbnorm.layer_norm, (3, 4, 5), (3, 5), {"axis": (0, 2)}, {"axes": (0, 2)}),
     Case("rms", nbnorm.rms_norm, (3, 4, 5), (4, 5), {"axis": (1, 2)}, {"axes": (1, 2)}),
 ]
-BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def halved(first: list[Any], second: Any) -> list[Any]:
+    """All pairs, every other one of them slow: each pair may be a compilation of its own."""
+    return [
+        pytest.param(a, b, marks=[pytest.mark.slow] if (i + j) % 2 else [], id=f"{getattr(a, 'name', a)}-{b}")
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
 
 
 def spread(case: Case, param: Any, x: Any) -> Any:
@@ -164,21 +172,18 @@ def check(case: Case, backend: str, mask: Any, activation: str | None, order: st
     assert not y[~valid].any()
 
 
-@BY_NAME
-@pytest.mark.parametrize("kind", ["dense", "lengths", pytest.param("last axis", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("case", "kind"), halved(CASES, ["dense", "lengths", "last axis"]))
 def test_masked_equals_gathered(case: Case, kind: str, backend: str) -> None:
     check(case, backend, masks(case.shape)[kind], None, "norm_act", residual=False)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("order", "activation"), halved(list(ORDERS), ACTIVATIONS))
 @pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=lambda case: case.name)
 def test_activation_and_residual(case: Case, activation: str, order: str, backend: str) -> None:
     check(case, backend, None, activation, order, residual=True)
 
 
-@BY_NAME
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("case", "order"), halved(CASES, ORDERS))
 def test_everything_at_once(case: Case, order: str, backend: str) -> None:
     check(case, backend, masks(case.shape)["dense"], "silu", order, residual=True)
 
