@@ -326,8 +326,11 @@ def defined(case: Case, x: Any, weight: Any, bias: Any, residual: Any, dy: Any) 
 
 
 def itself(case: Case, backend: str, dy: Any, **arrays: Any) -> dict[str, Any]:
-    """One group, by the library."""
+    """One group, by the library; with parameters of a half type in float32, or each element's gradient is rounded."""
     op = nbnorm.layer_norm
+    for name in ("weight", "bias"):
+        if arrays[name] is not None and arrays[name].itemsize == 2:
+            arrays[name] = arrays[name].astype("float32")
     if case.op is nbnorm.rms_norm:
         op = nbnorm.rms_norm
         del arrays["bias"]
