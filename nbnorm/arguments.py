@@ -226,6 +226,8 @@ def check_axis(name: str, value: Any, x: NDArray[Any], *, after_batch: bool = Fa
 
 
 def check_axes(value: int | Sequence[int], x: NDArray[Any]) -> tuple[int, ...]:
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"axis must be an integer or a sequence of them; got {value!r}")
     given = value if isinstance(value, Sequence) else (value,)
     axes = tuple(sorted(check_axis("axis", axis, x) for axis in given))
     if len(set(axes)) != len(axes):

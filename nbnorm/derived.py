@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -292,6 +290,8 @@ def norm_dropout(
     >>> nbnorm.norm_dropout(nbnorm.layer_norm, x, 4, eps=1e-9, p=0.5, seed=1).round(6).tolist()
     [[0.0, 0.0, -2.0, 2.0]]
     """
+    if op is norm_dropout:
+        raise TypeError("op must be a norm by mean and variance; got nbnorm.norm_dropout")
     call = prepared(op, args, kwargs)
     whole = call.whole if isinstance(call, GhostCall) else call
     if not isinstance(whole, Call) or whole.op == "moments":
@@ -308,21 +308,8 @@ def norm_dropout(
     elif whole.addend is not None:
         raise ValueError(f"first must be norm for nbnorm.{op.__name__}; got 'dropout'")
     else:
-        if whole.op in ("batch_norm", "batch_renorm"):
-            _warn_of_variance_shift()
         whole.dropped = dropout
     return call
-
-
-@cache
-def _warn_of_variance_shift() -> None:
-    """Once a process."""
-    warnings.warn(
-        "dropout before batch norm: in training its zeros and its factor raise the variance that the running "
-        "statistics learn, and in evaluation, without dropout, they normalize with a variance that is too large; put "
-        "dropout behind the last batch norm",
-        stacklevel=4,
-    )
 
 
 def lengths_to_mask(lengths: Any, max_length: int | None = None) -> Any:
@@ -351,13 +338,18 @@ def lengths_to_mask(lengths: Any, max_length: int | None = None) -> Any:
     [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
     """
     known = isinstance(lengths, np.ndarray | Sequence)
-    counts = np.asarray(lengths if known else adapter_of(lengths, "lengths").view(lengths, "lengths"))
+    try:
+        counts = np.asarray(lengths if known else adapter_of(lengths, "lengths").view(lengths, "lengths"))
+    except ValueError as error:
+        raise ValueError(f"lengths must have one axis; got {lengths!r}") from error
     if counts.ndim != 1:
         raise ValueError(f"lengths must have one axis; got shape {counts.shape}")
     if counts.dtype.kind not in "iu" and counts.size:
         raise TypeError(f"lengths must be whole numbers; got dtype {counts.dtype}")
     longest = int(counts.max(initial=0))
     steps = longest if max_length is None else check_index("max_length", max_length)
+    if steps < 0:
+        raise ValueError(f"max_length must not be negative; got {max_length}")
     if counts.size and (int(counts.min()) < 0 or longest > steps):
         raise ValueError(f"lengths must be from 0 to {steps}; got {int(counts.min())} to {longest}")
     return np.arange(steps) < counts[:, None]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,13 +30,15 @@ class Dropout:
         """The array itself, changed in place; its memory may have any order."""
         if not self.p:
             return array
+        factor = 0.0 if self.p == 1 else 1 / (1 - self.p)
         rows = array.reshape(-1) if array.flags.c_contiguous else array
         per_row = array.size // max(len(rows), 1)
         step = max(1, BLOCK // max(per_row, 1))
         for begin in range(0, len(rows), step):
             part = rows[begin : begin + step]
             kept = self._kept(begin * per_row, part.size).reshape(part.shape)
-            part[...] = np.where(kept, part, 0) * part.dtype.type(0.0 if self.p == 1 else 1 / (1 - self.p))
+            with np.errstate(over="ignore", invalid="ignore"):
+                part[...] = np.where(kept, part.astype(np.float64) * factor, 0)
         return array
 
     def _kept(self, begin: int, count: int) -> NDArray[np.bool_]:
@@ -42,3 +47,17 @@ class Dropout:
         words = -(-(skipped + count) // PER_COUNTER) * (PER_COUNTER // 2)
         bits = np.random.Philox(key=self.seed, counter=first).random_raw(words).astype("<u8", copy=False).view("<u4")
         return np.asarray(bits[skipped : skipped + count] >= round(self.p * 2**32))
+
+
+@cache
+def warn_of_variance_shift() -> None:
+    """Once a process, at the line that called nbnorm."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("nbnorm."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        "dropout before batch norm: in training its zeros and its factor raise the variance that the running "
+        "statistics learn, and in evaluation, without dropout, they normalize with a variance that is too large; put "
+        "dropout behind the last batch norm",
+        stacklevel=level,
+    )

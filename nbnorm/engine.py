@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nbnorm import composed, dispatch, layout
 from nbnorm.arrays import Array, NumpyArrays, float_view, overlap, read_only
 from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, masked_rstd, reciprocal_std
-from nbnorm.dropout import Dropout
+from nbnorm.dropout import Dropout, warn_of_variance_shift
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
 
@@ -151,6 +151,8 @@ def place(call: Call) -> Placed:
         except ValueError:
             reason = f"strides {x.strides} of shape {x.shape} collapse into no five-axis view"
     copies = [f"x ({x.nbytes} bytes): {reason}"] if reason else []
+    if call.dropped is not None:
+        copies.append(f"x ({x.nbytes} bytes): elements are dropped from it before the norm")
     for name, operand in (("residual", call.residual), ("residual", call.addend)):
         if operand is not None and not _plain(_ordered(operand.view, axes, plan.order)):
             copies.append(f"{name} ({x.nbytes} bytes): it does not lie in memory as x does")
@@ -243,6 +245,8 @@ def begin(call: Call) -> Call:
     """The call with x as it is normalized: its elements dropped where that comes first, in a copy."""
     if call.dropped is None:
         return call
+    if call.dropped.p and call.fixed is None and call.op in ("batch_norm", "batch_renorm"):
+        warn_of_variance_shift()
     return replace(call, x=Operand(call.x.given, call.x.adapter, call.dropped(np.array(call.x.view))))
 
 

@@ -4,7 +4,6 @@ once, from all of them merged."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -36,19 +35,27 @@ class GhostCall:
         return result, Pullback(self.whole, ran)
 
     def explain(self) -> dispatch.Decision:
-        """The decision for the first part."""
-        return self._parts(self.whole)[0][1].explain()
+        """The decision for the first part, with the copies of both."""
+        first, *rest = (part.explain() for _, part in self._parts(self.whole))
+        copies = [copy for decision in (first, *rest) for copy in decision.copies]
+        if rest:
+            copies.append(
+                f"y ({self.whole.x.view.nbytes} bytes): the last ghost batch is smaller, and joined to the others"
+            )
+        return replace(first, copies=tuple(copies))
 
     def _run(self) -> tuple[Any, GhostRan]:
         parts = self._parts(engine.begin(self.whole))
-        ran, results, batch = [], [], None
+        ran: list[tuple[Rows, Ran]] = []
+        results: list[NDArray[Any]] = []
+        batch: Moments | None = None
         for rows, part in parts:
             y, _, found, forward = engine.compute(part)
-            assert found is not None  # the statistics are those of x
+            assert found is not None  # as `_part` asks for them
             results.append(y)
             ran.append((rows, forward))
-            merged = _merged(found)
-            batch = merged if batch is None else batch.merge(merged)
+            if self.whole.running is not None or self.whole.return_moments:
+                batch = _merged(found, batch)
         y = _joined(results)
         return engine.finish(self.whole, y, y, batch), GhostRan(ran)
 
@@ -106,9 +113,16 @@ def _whole(parts: list[Grads]) -> Grads:
     return Grads(_joined(list(x)), dweight, dbias, None if residual[0] is None else _joined(list(residual)))
 
 
-def _merged(found: Moments) -> Moments:
-    """Moments (ghosts, C) as one set for each channel."""
+def _merged(found: Moments, batch: Moments | None) -> Moments:
+    """Moments (ghosts, C), and those of the batch so far, as one set for each channel, by halves."""
     shape = found.mean.shape
-    fields = (np.broadcast_to(field, shape) for field in (found.count, found.mean, found.m2, found.residual))
+    fields = [np.broadcast_to(field, shape) for field in (found.count, found.mean, found.m2, found.residual)]
+    while len(fields[0]) > 1:
+        half = len(fields[0]) // 2
+        first, second = (Moments(*(field[rows] for field in fields)) for rows in (np.s_[:half], np.s_[half : 2 * half]))
+        both = first.merge(second)
+        halves = both.count, both.mean, both.m2, both.residual
+        fields = [np.concatenate((one, field[2 * half :])) for one, field in zip(halves, fields, strict=True)]
     nothing = Moments(0, np.zeros(shape[1:]), np.zeros(shape[1:]))
-    return reduce(Moments.merge, (Moments(*ghost) for ghost in zip(*fields, strict=True)), nothing)
+    whole = Moments(*(field[0] for field in fields)) if shape[0] else nothing
+    return whole if batch is None else batch.merge(whole)

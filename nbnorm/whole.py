@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,6 +233,10 @@ class WholePullback:
         cotangent = engine.view_input(view, call.axes, self._placed.plan).reshape(x.shape)
         dx = getattr(self._backend, f"{call.op}_backward")(cotangent, x, *whole.args)
         return Grads(call.x.wrap(_logical(dx, call, self._placed)))
+
+    def vjp(self, dy: Array) -> NoReturn:
+        """Refused: these operations have no second derivatives here."""
+        raise TypeError(f"pullback.vjp must be of a plain norm; {self._whole.call.op} has no second derivatives here")
 
 
 def _place(call: Call) -> Placed:

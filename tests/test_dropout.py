@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm import derived
+from nbnorm import dropout
 from nbnorm.dropout import BLOCK, Dropout
 
 RNG = np.random.default_rng(9)
@@ -57,15 +57,34 @@ def test_norm_first(dtype: str, backend: str) -> None:
     weight = RNG.normal(size=4).astype(dtype)
     keys: dict[str, Any] = {"weight": weight, "training": True, "activation": "relu", "backend": backend}
     y, pullback = nbnorm.vjp(nbnorm.norm_dropout, nbnorm.batch_norm, x, p=0.25, seed=5, **keys)
-    choice, factor = kept(SHAPE, 0.25, 5), np.array(1 / 0.75, dtype)
+    choice = kept(SHAPE, 0.25, 5)
+
+    def dropped(array: Any) -> Any:
+        return np.where(choice, array.astype(float) * (1 / 0.75), 0).astype(dtype)
+
     plain, plain_pullback = nbnorm.vjp(nbnorm.batch_norm, x, **keys)
     assert y.dtype == x.dtype
-    np.testing.assert_array_equal(y, np.where(choice, plain * factor, 0))
+    np.testing.assert_array_equal(y, dropped(plain))
     given = dy.copy()
-    grads, expected = pullback(dy), plain_pullback(np.where(choice, dy * factor, np.array(0, dtype)))
+    grads, expected = pullback(dy), plain_pullback(dropped(dy))
     for found, exact in zip(grads, expected, strict=True):
         np.testing.assert_array_equal(found, exact)
     np.testing.assert_array_equal(dy, given)
+
+
+def test_the_factor_is_not_rounded_to_a_half_type() -> None:
+    found = Dropout(0.1, 3)(np.full(1000, 3, "f2"))
+    assert set(found.tolist()) == {0.0, float(np.float16(3 / 0.9))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(Dropout(0.99999, 3)(np.full(1000, 3, "f2")).tolist()) == {0.0}
+        assert set(Dropout(0.5, 3)(np.full(1000, 60000, "f2")).tolist()) == {0.0, np.inf}
+
+
+def test_explain_tells_of_the_copy() -> None:
+    x = np.ones(SHAPE)
+    keys: dict[str, Any] = {"p": 0.5, "seed": 1, "first": "dropout", "backend": "numpy"}
+    assert "elements are dropped" in str(nbnorm.explain(nbnorm.norm_dropout, nbnorm.layer_norm, x, 5, **keys))
 
 
 def test_dropout_first(backend: str) -> None:
@@ -132,9 +151,21 @@ def test_the_same_bits_with_one_thread() -> None:
 
 def test_dropout_before_batch_norm_warns_once() -> None:
     x = RNG.normal(size=SHAPE)
-    derived._warn_of_variance_shift.cache_clear()
+    dropout.warn_of_variance_shift.cache_clear()
     keys: dict[str, Any] = {"training": True, "p": 0.5, "seed": 1, "first": "dropout"}
-    with pytest.warns(UserWarning, match="dropout before batch norm: .* variance that is too large") as caught:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nbnorm.explain(nbnorm.norm_dropout, nbnorm.batch_norm, x, **keys)
+        nbnorm.norm_dropout(nbnorm.batch_norm, x, **(keys | {"p": 0.0}))
+        mean, var = np.zeros(4), np.ones(4)
+        nbnorm.norm_dropout(nbnorm.batch_norm, x, mean, var, **(keys | {"training": False}))
+    for ghosts in (None, 4):
+        dropout.warn_of_variance_shift.cache_clear()
+        with pytest.warns(UserWarning, match="dropout before batch norm: .* variance that is too large") as caught:
+            nbnorm.vjp(nbnorm.norm_dropout, nbnorm.batch_norm, x, **keys, ghost_batch_size=ghosts)
+        assert caught[0].filename == __file__
+    dropout.warn_of_variance_shift.cache_clear()
+    with pytest.warns(UserWarning, match="dropout before batch norm") as caught:
         nbnorm.norm_dropout(nbnorm.batch_norm, x, **keys)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -181,6 +212,8 @@ def test_what_it_cannot_follow() -> None:
     x = np.ones((3, 4))
     with pytest.raises(TypeError, match=r"op must be a norm by mean and variance; got nbnorm\.local_response_norm"):
         nbnorm.norm_dropout(nbnorm.local_response_norm, x, 3, p=0.5, seed=0)
+    with pytest.raises(TypeError, match=r"op must be a norm by mean and variance; got nbnorm\.norm_dropout"):
+        nbnorm.norm_dropout(nbnorm.norm_dropout, nbnorm.layer_norm, x, 4, p=0.5, seed=0)
     with pytest.raises(TypeError, match=r"op must be a norm by mean and variance; got nbnorm\.moments"):
         nbnorm.norm_dropout(nbnorm.moments, x, p=0.5, seed=0)
     with pytest.raises(ValueError, match=r"first must be norm for nbnorm\.add_layer_norm"):

@@ -138,3 +138,4 @@ def test_a_plain_call_says_who_runs_it() -> None:
     x = np.ones((5, 3, 2), np.float32)
     decision = nbnorm.explain(nbnorm.batch_norm, x, training=True, ghost_batch_size=2, backend="numpy")
     assert decision.chosen == "numpy"
+    assert [copy.partition(" bytes): ")[0] for copy in decision.copies] == ["y (120"]

@@ -160,6 +160,7 @@ def test_refusals() -> None:
     for call in (
         lambda: nbnorm.vjp(nbnorm.layer_norm, x, 3, activation="relu")[1].vjp(x),
         lambda: nbnorm.vjp(nbnorm.add_layer_norm, x, x, 3)[1].vjp((x, x)),
+        lambda: nbnorm.vjp(nbnorm.normalize, x)[1].vjp(x),
         lambda: nbnorm.vjp(nbnorm.batch_renorm, x, np.zeros(3), np.ones(3), training=True)[1].vjp(x),
     ):
         with pytest.raises(TypeError, match="has no second derivatives"):
