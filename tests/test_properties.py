@@ -29,8 +29,9 @@ PLAIN_AND_SLOW = pytest.mark.parametrize("wide", [False, pytest.param(True, mark
 OPS = (nbnorm.batch_norm, nbnorm.instance_norm, nbnorm.group_norm, nbnorm.layer_norm, nbnorm.rms_norm)
 EPS = 1e-2
 # Allowed error, relative to max(1, |expected|). Gradients are differences of values of up to 10 or so, times up to
-# 1/sqrt(EPS) = 10; the largest errors seen in 20 000 cases are a quarter of these. Half types are computed in float32.
-TOLERANCE = {"float64": 1e-12, "float32": 4e-5, "float16": 2e-3}
+# 1/sqrt(EPS) = 10; the largest errors seen in 20 000 cases are a quarter to a half of these. Half types are computed in
+# float32.
+TOLERANCE = {"float64": 1e-13, "float32": 2e-5, "float16": 2e-3}
 
 
 class Options(NamedTuple):
@@ -62,7 +63,7 @@ def drawn_options(backend: str, wide: bool) -> st.SearchStrategy[Options]:
 def explore(body: Callable[[Any], None], drawn: st.SearchStrategy[Any], backend: str, wide: bool) -> None:
     """Run `body` on what is drawn; in the plain run that is the same every time."""
     profile = settings(
-        max_examples=200 if wide else 25 if backend == "numba" else 100,
+        max_examples={"numba": 40 if wide else 25, "numpy": 500 if wide else 100}[backend],
         derandomize=not wide,
         deadline=None,
         database=None,
