@@ -17,7 +17,10 @@ Wide = np.longdouble
 
 @dataclass
 class Result:
-    """y, the statistics of each slice by its index, and for a dy the gradients."""
+    """y, the statistics of each slice by its index, and for a dy the gradients.
+
+    The sizes are those of the terms that y and dx are sums of, at least 1: rounding errors are in proportion to them.
+    """
 
     y: Any
     mean: dict[Any, Any]
@@ -25,6 +28,8 @@ class Result:
     dx: Any = None
     dweight: Any = None
     dbias: Any = None
+    y_size: Any = None
+    dx_size: Any = None
 
 
 def slices(x: Any, op: str, *, channel_axis: int = 1, num_groups: int = 1, axes: tuple[int, ...] = ()) -> Any:
@@ -79,7 +84,7 @@ def norm(
     w = _spread(weight, x, op, channel_axis, axes, 1.0)
     b = _spread(bias, x, op, channel_axis, axes, 0.0)
     result = Result(np.empty_like(x), {}, {}, None if dy is None else np.empty_like(x))
-    xhat = np.empty_like(x)
+    xhat, dx_size = np.empty_like(x), np.ones_like(x)
     with np.errstate(all="ignore"):
         for stat, index in slices(x, op, channel_axis=channel_axis, num_groups=num_groups, axes=axes):
             values = x[index]
@@ -106,7 +111,12 @@ def norm(
                         dmean = -g.sum() / root  # the variance does not change with the mean: sum(x - mean) = 0
                         dx = dx + dvar * 2 * (values - mean) / values.size + dmean / values.size
                 result.dx[index] = dx
+                size = abs(g)
+                if fixed is None:
+                    size = size + abs(g.mean()) * (op != "rms_norm") + abs(xhat[index] * (g * xhat[index]).mean())
+                dx_size[index] = size / root
         result.y = xhat * w + b
+        result.y_size, result.dx_size = np.maximum(abs(xhat * w) + abs(b), 1), np.maximum(dx_size, 1)
     if dy is not None:
         wide = np.asarray(dy).astype(Wide)
         carrying = axes if op in ("layer_norm", "rms_norm") else (channel_axis % x.ndim,)

@@ -50,7 +50,9 @@ class NumbaBackend(WholeOps, Backend):
 
     def statistics(self, x: Array, *, center: bool, mask: Array | None = None, epilogue: Epilogue = PLAIN) -> Moments:
         table = _table(x)
-        self._forward(x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table)
+        self._forward(
+            x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table, precise=True
+        )
         return _moments(x, table)
 
     def forward(
@@ -64,12 +66,13 @@ class NumbaBackend(WholeOps, Backend):
         stats: tuple[Array | None, Array] | None = None,
         mask: Array | None = None,
         epilogue: Epilogue = PLAIN,
+        precise: bool = False,
         out: Array | None = None,
     ) -> tuple[Array, Moments | None, Array]:
         y = np.empty(x.shape, x.dtype) if out is None else out
         table = _table(x, stats)
         find = stats is None
-        self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y)
+        self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y, precise=precise)
         return y, _moments(x, table) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def add_forward(
@@ -81,6 +84,7 @@ class NumbaBackend(WholeOps, Backend):
         eps: float,
         *,
         center: bool,
+        precise: bool = False,
         out: Array | None = None,
     ) -> tuple[Array, Array, Moments, Array]:
         y = np.empty(x.shape, x.dtype) if out is None else out
@@ -88,7 +92,9 @@ class NumbaBackend(WholeOps, Backend):
         sealed = total.view()
         sealed.flags.writeable = False
         table, joined = _table(x), Joined(x, addend, total)
-        self._forward(sealed, weight, bias, eps, options_of(None, PLAIN), center, True, table, joined, y)
+        self._forward(
+            sealed, weight, bias, eps, options_of(None, PLAIN), center, True, table, joined, y, precise=precise
+        )
         return y, total, _moments(x, table), table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def backward(self, dy: Array, saved: Saved, *, addend: Array | None = None) -> Grads:
@@ -162,10 +168,20 @@ class NumbaBackend(WholeOps, Backend):
         stats: Array,
         joined: Joined = NOTHING_JOINED,
         y: Array | None = None,
+        *,
+        precise: bool = False,
     ) -> None:
         """Fill `stats` where `find` asks, and y if it is given."""
         target = _nothing(x) if y is None else y
-        keys = {"center": center, "eps": eps, "find": find, "stats": stats, "joined": joined, "y": target}
+        keys = {
+            "center": center,
+            "eps": eps,
+            "precise": precise,
+            "find": find,
+            "stats": stats,
+            "joined": joined,
+            "y": target,
+        }
         _family(x).forward(self.scheduler, x, weight, bias, options, **keys)
 
     def _backward(

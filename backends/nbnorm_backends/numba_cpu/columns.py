@@ -8,16 +8,31 @@ first pass. Short rows are folded: k rows of w elements are one row of k*w colum
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.backend import reciprocal_std
 from nbnorm_backends.numba_cpu import kernels
-from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag, curved
+from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.kernels import COUNT, HUGE, K1, K2, M2, MEAN, POOR_PIVOT, RESIDUAL, RSTD
+from nbnorm_backends.numba_cpu.kernels import (
+    COUNT,
+    EXTREME,
+    FEW,
+    HUGE,
+    K1,
+    K2,
+    LARGEST,
+    M2,
+    MEAN,
+    NEAR,
+    POOR_PIVOT,
+    RESIDUAL,
+    RSTD,
+    TRUSTED,
+)
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
@@ -93,53 +108,98 @@ def forward(
     *,
     center: bool,
     eps: float,
+    precise: bool,
     find: bool,
     stats: Array,
     joined: Joined,
     y: Array,
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
-    along_r = any(param is not None and param.shape[1] > 1 for param in (weight, bias))
+    along_r = any(param is not None and _is_along_r(param) for param in (weight, bias))
     grid = _Grid(scheduler, x, folds=not along_r and options.mask is None)
     extra = grid.options(options)
     if find:
-        _find(grid, x, extra, joined, center, eps, stats)
+        _find(grid, x, extra, joined, center, eps, precise, stats)
     if not y.size:
         return
-    mean, rstd = (stats[row].reshape(x.shape[0], x.shape[2]) for row in (MEAN, RSTD))
-    scale, shift, *along = _params(grid, rstd, weight, bias, along_r)
-    columns = grid.columns(mean), scale, shift
-    if x.itemsize < 8 and curved(options.before, options.after):
-        columns = _single(*columns)
-    grid.run(kernels.columns_apply, grid.view(x), *columns, *along, *extra, grid.view(y))
+    with np.errstate(invalid="ignore", over="ignore"):
+        terms = _columns(grid, x, stats, weight, bias, single=x.itemsize < 8).terms()
+    grid.run(kernels.columns_apply, grid.view(x), *terms, *_along_r(weight, bias), *extra, grid.view(y))
 
 
-def _single(mean: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
-    """The same in float32, where nothing can overflow or vanish: what rounding takes from the mean joins the shift."""
-    size = np.abs(scale)
-    if not ((np.abs(mean) < HUGE) & (size < HUGE) & ((size > 1 / HUGE) | (size == 0))).all():
-        return mean, scale, shift
-    high = mean.astype(np.float32)
-    return high, scale.astype(np.float32), (shift + (high - mean) * scale).astype(np.float32)
+class _Terms(NamedTuple):
+    """What `kernels.affine` takes of each column (n, w): (u * power - mean) * scale + shift. In float32 for float32 and
+    half types, where what rounding takes from the mean joins the shift."""
+
+    power: Array | None  # of two; None for 1
+    mean: Array
+    scale: Array
+    shift: Array
 
 
-def _params(
-    grid: _Grid, rstd: Array, weight: Array | None, bias: Array | None, along_r: bool
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """scale and shift of each column (n, w), and weight and bias (r, 1 or c) where they lie along r, else None."""
-    scale, shift = grid.columns(rstd), np.zeros((grid.shape[0], grid.shape[2]))
-    if along_r:
-        return scale, shift, *_along_r(weight, bias)
-    if weight is not None:
-        scale *= grid.columns(weight)
-    if bias is not None:
-        shift = grid.columns(bias)
-    return scale, shift, None, None
+class _Columns(NamedTuple):
+    """Statistics and parameters of each column (n, w), in float64. u * power - high is what the kernels see."""
+
+    mean: Array
+    high: Array  # the mean, rounded to the type that the kernels compute in
+    rstd: Array
+    weight: Array | float  # without what lies along r
+    bias: Array | float
+    power: Array
+    single: bool
+
+    @property
+    def low(self) -> Array:
+        return (self.high - self.mean) * self.rstd
+
+    def terms(self) -> _Terms:
+        scale = self.rstd * self.weight
+        shift = self.bias + (self.high - self.mean) * scale
+        rest = scale / self.power
+        if not self.single:
+            return _Terms(None, self.mean, rest, shift)
+        rest = np.where(np.isfinite(rest), rest.clip(-LARGEST, LARGEST), rest)
+        parts = (part.astype(np.float32) for part in (self.high * self.power, rest, shift))
+        return _Terms(_unless_one(self.power), *parts)
+
+    def gains(self, k1: Array, k2: Array) -> tuple[Array, Array, Array, Array | None]:
+        """(gain, k1, k2, lift) of `kernels.backward_affine`; see `kernels.gains`."""
+        real = np.float32 if self.single else np.float64
+        lift = np.where((self.rstd > 0) & (self.rstd < 1 / HUGE), 1 / EXTREME, np.where(self.rstd > HUGE, EXTREME, 1.0))
+        lift = lift * lift if self.single else np.ones(lift.shape)
+        gain = self.rstd / lift
+        parts = gain * self.weight, -(k1 + self.low * k2) * gain, -(self.rstd / self.power) * k2 * gain
+        c0, c1, c2 = (part.astype(real) for part in parts)
+        return c0, c1, c2, _unless_one(lift)
 
 
-def _along_r(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
+def _columns(
+    grid: _Grid, x: Array, stats: Array, weight: Array | None, bias: Array | None, *, single: bool
+) -> _Columns:
+    mean, rstd = (grid.columns(stats[row].reshape(x.shape[0], x.shape[2])) for row in (MEAN, RSTD))
+    w = 1.0 if weight is None or _is_along_r(weight) else grid.columns(weight)
+    b = 0.0 if bias is None or _is_along_r(bias) else grid.columns(bias)
+    if not single:
+        return _Columns(mean, mean, rstd, w, b, np.ones(mean.shape), single)
+    size = np.abs(rstd * w)
+    small = (np.abs(mean) > HUGE) | ((size > 0) & (size < 1 / HUGE))
+    power = np.where(small, 1 / EXTREME, np.where(size > HUGE, EXTREME, 1.0))
+    return _Columns(mean, mean.astype(np.float32).astype(np.float64), rstd, w, b, power, single)
+
+
+def _unless_one(factor: Array) -> Array | None:
+    return None if (factor == 1.0).all() else factor.astype(np.float32)
+
+
+def _is_along_r(param: Array) -> bool:
+    return bool(param.shape[1] > 1)
+
+
+def _along_r(weight: Array | None, bias: Array | None) -> tuple[Array | None, Array | None]:
+    """weight and bias (r, 1 or c) where they lie along r."""
     given = weight if weight is not None else bias
-    assert given is not None
+    if given is None or not _is_along_r(given):
+        return None, None
     shape = given.shape[1], given.shape[3]
     w = np.ones(shape) if weight is None else weight.reshape(shape).astype(np.float64)
     b = np.zeros(shape) if bias is None else bias.reshape(shape).astype(np.float64)
@@ -147,34 +207,44 @@ def _along_r(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
 
 
 def _find(
-    grid: _Grid, x: Array, extra: tuple[Any, ...], joined: Joined, center: bool, eps: float, stats: Array
+    grid: _Grid, x: Array, extra: tuple[Any, ...], joined: Joined, center: bool, eps: float, precise: bool, stats: Array
 ) -> None:
-    """Statistics of every group: sums about each column's first element, about its mean where that was far out."""
+    """Statistics of every group: sums about each column's first element; where they cannot be trusted, in float64 and
+    about the mean."""
     view, (_, mask, before, _) = grid.view(x), extra
     n, rows, w = grid.shape
     pivot = _pivot(grid, mask, before, x, joined) if center else np.zeros((n, w))
     part = grid.partial_sums(2 if mask is None else 3)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        grid.run(kernels.columns_sums, view, pivot, mask, before, *map(grid.optional, joined), part)
+        narrow = not precise and x.itemsize < 8 and rows >= FEW
+        first = pivot.astype(np.float32) if narrow else pivot
+        grid.run(kernels.columns_sums, view, first, mask, before, *map(grid.optional, joined), part)
         s, q, *counted = part.sum(axis=2)
         count = counted[0] if counted else np.full((n, w), float(rows))
-        poor = ~(s * s <= POOR_PIVOT * count * (q - s * s / count)) & (count > 0)
-        if center and poor.any():
-            pivot = np.where(poor, pivot + s / count, pivot)
+        m2 = q - s * s / count if center else q
+        poor = (count > 0) & center & ~(s * s <= POOR_PIVOT * count * m2)
+        if narrow:
+            poor |= (count > 0) & ~((m2 > TRUSTED[0]) & (m2 < TRUSTED[1]))
+        if poor.any():
+            pivot = np.where(poor & np.isfinite(s) & center, pivot + s / count, pivot)
             grid.run(kernels.columns_sums, view, pivot, mask, before, None, None, None, part)
-            s, q, *_ = part.sum(axis=2)  # the same bits as before where the pivot stayed
+            again = part.sum(axis=2)
+            s, q = np.where(poor, again[0], s), np.where(poor, again[1], q)
         _merge(grid, center, pivot, s, q, count, stats)
         stats[RSTD] = np.where(stats[COUNT] > 0, reciprocal_std(stats[M2] / stats[COUNT], eps), 0.0)
 
 
 def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined) -> Array:
-    """u of the first element of every column (n, w) that counts; 0 where none does."""
+    """A pivot for every column (n, w), float32 for float32 and half types: the mean of its first elements (see
+    `kernels.pivot_of`), or, under a mask, u of the first that counts; 0 where none does."""
     shape = grid.shape[0], grid.shape[2]
     if joined.source is not None:
         first, other = (np.asarray(part).reshape(grid.shape)[:, 0].astype(np.float64) for part in joined[:2])
         return (first + other).astype(x.dtype).astype(np.float64)
     if mask is None and before is IDENTITY:
-        return x.reshape(grid.shape)[:, 0].astype(np.float64, order="C")
+        count = NEAR if grid.shape[1] >= NEAR else 1
+        means = np.asarray(x.reshape(grid.shape)[:, :count].astype(np.float64).mean(axis=1))
+        return means if x.itemsize == 8 else means.astype(np.float32).astype(np.float64)
     pivot, found = np.zeros(shape), np.zeros(shape)
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
@@ -228,40 +298,52 @@ def backward(
     dx: Array,
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
-    n, r, g, _, _ = x.shape
+    n, _, g, _, _ = x.shape
     along_r = any(shape[1] > 1 for shape in (param_shape, *(p.shape for p in (weight, bias) if p is not None)) if shape)
     grid = _Grid(scheduler, x, folds=not along_r and options.mask is None)
-    mean, rstd = (grid.columns(stats[row].reshape(n, g)) for row in (MEAN, RSTD))
     if along_r and weight is None and bias is None and param_shape is not None:
         weight = np.ones(param_shape)
-    params = _params(grid, stats[RSTD].reshape(n, g), weight, bias, along_r)
-    views, extra = (grid.view(dy), grid.view(x), mean), grid.options(options)
+    columns = _columns(grid, x, stats, weight, bias, single=x.itemsize < 8)
+    narrow = columns.single and dx.size > 0  # else the sums are what is asked for
+    params, extra = _along_r(weight, bias), grid.options(options)
     dweight = dbias = None
-    if find:
-        part = grid.partial_sums(2)
-        along = (2, n, grid.tiles, r, 1 if params[2] is None else params[2].shape[1])
-        rows = np.zeros(along if along_r and param_shape is not None else (2, 0, 0, 0, 0))
-        grid.run(kernels.columns_backward_sums, *views, *params, *extra, part, rows)
-        s, q = part.sum(axis=2)
-        q *= rstd
-        w = 1.0 if along_r or weight is None else grid.columns(weight)
-        with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        if find:
+            wide = _columns(grid, x, stats, weight, bias, single=False)
+            args = params, extra, along_r and param_shape is not None
+            s, q, rows = _backward_sums(grid, dy, x, columns if narrow else wide, *args)
+            if narrow and not np.isfinite(q).all():
+                again = _backward_sums(grid, dy, x, wide, *args)
+                s, q, rows = (np.where(np.isfinite(old), old, new) for old, new in zip((s, q, rows), again))
             for row, total in ((K1, s), (K2, q)):
-                found = grid.groups(total * w).reshape(-1) / stats[COUNT]
+                found = grid.groups(total * columns.weight).reshape(-1) / stats[COUNT]
                 coefficients[row] = np.where(stats[COUNT] > 0, found, 0.0)
-        if fixed:
-            coefficients[:] = 0.0
-        if not center:
-            coefficients[K1] = 0.0
-        if param_shape is not None:
-            grads = rows.sum(axis=2)[:, :, :, None, :, None] if along_r else np.stack((q, s)).reshape(2, *grid.five)
-            dweight, dbias = (_reduced(grad, param_shape) for grad in grads)
-    if dx.size:
-        k1, k2 = (grid.columns(coefficients[row].reshape(n, g)) for row in (K1, K2))
-        outputs = grid.optional(addend), grid.optional(dz), grid.view(dx)
-        ks = k1 * rstd, k2 * rstd * rstd
-        grid.run(kernels.columns_backward_apply, *views, *params, *ks, *extra, *outputs)
+            if fixed:
+                coefficients[:] = 0.0
+            if not center:
+                coefficients[K1] = 0.0
+            if param_shape is not None:
+                grads = rows.sum(axis=2)[:, :, :, None, :, None] if along_r else np.stack((q, s)).reshape(2, *grid.five)
+                dweight, dbias = (_reduced(grad, param_shape) for grad in grads)
+        if dx.size:
+            gains = columns.gains(*(grid.columns(coefficients[row].reshape(n, g)) for row in (K1, K2)))
+            outputs = grid.optional(addend), grid.optional(dz), grid.view(dx)
+            views = grid.view(dy), grid.view(x)
+            grid.run(kernels.columns_backward_apply, *views, *columns.terms(), *params, *gains, *extra, *outputs)
     return dweight, dbias
+
+
+def _backward_sums(
+    grid: _Grid, dy: Array, x: Array, columns: _Columns, params: tuple[Any, ...], extra: tuple[Any, ...], rows: bool
+) -> tuple[Array, Array, Array]:
+    """sum(t) and sum(t * xhat) of each column (n, w), with weights along r; with `rows`, those of each row."""
+    part, (wr, _) = grid.partial_sums(2), params
+    n, r, _ = grid.shape
+    along = np.zeros((2, n, grid.tiles, r, wr.shape[1]) if rows else (2, 0, 0, 0, 0))
+    views = grid.view(dy), grid.view(x)
+    grid.run(kernels.columns_backward_sums, *views, *columns.terms(), *params, *extra, part, along)
+    s, q = part.sum(axis=2)
+    return s, q * (columns.rstd / columns.power) + columns.low * s, along
 
 
 def _reduced(grad: Array, param_shape: tuple[int, ...]) -> Array:

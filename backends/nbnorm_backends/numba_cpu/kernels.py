@@ -14,9 +14,14 @@ identity, and leaves no trace in the compiled code:
 - `mask` is 0 where an element does not count; its row has the row's length, or length 1 and holds for all of it;
 - mean, scale, bias and the like are one number for the whole row, or an array along it.
 
-Statistics are float64 sums about a pivot near the data, and everything after them is computed in float64 too:
-memory-bound calls pay nothing for it, and offsets of 1e8 cost no accuracy. Accesses slice a row first and loop over
-``range(row.size)``: indexing inside ``range(begin, end)`` keeps the wraparound check and was 15 times slower.
+Statistics are sums about a pivot near the data. For float32 and half types ROWS elements are summed in float32, and
+such sums in float64; where that cannot be trusted, and for float64, everything is summed in float64. What follows is
+computed in float32, or in float64 for float64, with the mean in two parts: u - mean is taken from the float32 that is
+nearest to the mean, and what that leaves joins the shift, so offsets of 1e8 cost no accuracy. A power of two in front
+(`power`, one for most data) keeps the differences and the scale of extreme data within float32.
+
+Accesses are by `load`, `at` and the like, which do not wrap around: plain indexing inside ``range(begin, end)`` keeps
+that check and was 15 times slower.
 """
 
 from __future__ import annotations
@@ -24,11 +29,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from nbnorm_backends.numba_cpu.activations import activate, curved, slope
+from nbnorm_backends.numba_cpu.activations import activate, slope
 from nbnorm_backends.numba_cpu.elements import (
-    at,
     at_like,
+    borrowed,
     chosen,
+    element,
     keep,
     load,
     optional,
@@ -45,11 +51,20 @@ REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogi
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
+K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
 LINE = 64  # bytes of a cache line
 STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
-K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
-HUGE = 1e30  # means and scales below it, and above its reciprocal, leave float32 room
+ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
+WIDTH = 512  # columns of a block of a run, at most
+LANES = 16  # of float32 in a vector
+FLUSH = 32  # rows whose sums lie in float32 before they go to float64
+FEW = 128  # groups of fewer are summed in float64: with many elements rounding errors cancel
+NEAR = 8  # elements whose mean is the pivot; a power of two, by which sums are divided exactly
 POOR_PIVOT = 8.0  # redo about the mean when (sum of deviations)^2 > 8 * n * m2: beyond it a digit is lost
+TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
+HUGE = 1e30  # means and scales below it, and above its reciprocal, leave float32 room
+EXTREME = 2.0**64  # data beyond that are scaled by it
+LARGEST = 3.4e38
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -73,12 +88,42 @@ def valid_in(mask):
     return total, first
 
 
+@chosen
+def zero(like):
+    """0 in the type of `like`, a float32 or a float64."""
+    return (lambda like: np.float32(0.0)) if like == types.float32 else lambda like: 0.0
+
+
 @REDUCE
-def sums(x, pivot, mask, before):
-    """sum(u - pivot), sum((u - pivot)^2)"""
+def block_sums(x, begin, width, pivot, mask, before):
+    """sum(u - pivot), sum((u - pivot)^2) of the ROWS * width elements from `begin` on.
+
+    They are seen as ROWS rows: a column of them is summed in the type of the pivot, and the columns in float64. Float32
+    sums of more, and above all the sum of the vector's lanes, would cost several units in the last place.
+    """
+    widest_vectors()
     s = 0.0
     q = 0.0
-    for i in range(x.size):
+    for j in range(width):
+        ds = zero(pivot)
+        dq = zero(pivot)
+        for m in range(ROWS):
+            i = begin + m * width + j
+            d = keep(mask, i, activate(before, x, at_like(pivot, x, i)) - pivot)
+            ds += d
+            dq += d * d
+        s += ds
+        q += dq
+    return s, q
+
+
+@REDUCE
+def rest_sums(x, begin, pivot, mask, before):
+    """`block_sums` of the elements from `begin` to the end, in float64."""
+    widest_vectors()
+    s = 0.0
+    q = 0.0
+    for i in range(begin, x.size):
         d = keep(mask, i, activate(before, x, load(x, i)) - pivot)
         s += d
         q += d * d
@@ -86,15 +131,39 @@ def sums(x, pivot, mask, before):
 
 
 @PLAIN
-def affine(x, ahead, mean, scale, low, w, b, residual, mask, before, after, y):
-    """y = after(((u - mean) * scale + low) * w + b + residual), in float32 where scale is one; `ahead` is a row that
-    will be read soon."""
+def width_of(rest):
+    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
+    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+
+
+@PLAIN
+def sums(x, pivot, mask, before):
+    """`block_sums` of the row."""
+    s = 0.0
+    q = 0.0
+    begin = 0
+    while width_of(x.size - begin):
+        width = width_of(x.size - begin)
+        ds, dq = block_sums(x, begin, width, pivot, mask, before)
+        s += ds
+        q += dq
+        begin += ROWS * width
+    ds, dq = rest_sums(x, begin, pivot, mask, before)
+    return s + ds, q + dq
+
+
+@PLAIN
+def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, after, y):
+    """y = after(((u * power - mean) * scale + low) * w + b + residual), in the type of scale.
+
+    `ahead` is a row that will be read soon.
+    """
     widest_vectors()
     for begin in range(0, x.size, STRIDE):
         end = min(begin + STRIDE, x.size)
         fetch(ahead, begin, end)
         for i in range(begin, end):
-            d = activate(before, x, at_like(scale, x, i)) - at_like(scale, mean, i)
+            d = times(activate(before, x, at_like(scale, x, i)), power, i) - at_like(scale, mean, i)
             z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
             store(y, i, keep(mask, i, activate(after, y, z)))
 
@@ -106,95 +175,93 @@ def fetch(row, begin, end):
         touch(row, i)
 
 
-def affine_double(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
-    affine(x, ahead, mean, scale, None, w, b, residual, mask, before, after, y)
-
-
-def affine_single(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
-    """In float32, where nothing in between can overflow or vanish: the mean in two parts, so that x - mean is exact."""
-    if abs(mean) < HUGE and (scale == 0.0 or 1.0 / HUGE < abs(scale) < HUGE):
-        high = np.float32(mean)
-        low = (high - mean) * scale
-        if w is None:
-            affine(x, ahead, high, np.float32(scale), None, w, b + low, residual, mask, before, after, y)
-        else:
-            affine(x, ahead, high, np.float32(scale), low, w, b, residual, mask, before, after, y)
-    else:
-        affine(x, ahead, mean, scale, None, w, b, residual, mask, before, after, y)
-
-
-@chosen
-def affine_run(x, ahead, mean, scale, w, b, residual, mask, before, after, y):
-    """`affine` of a run, where mean and scale are numbers."""
-    return affine_single if x.dtype != types.float64 and curved(before, after) else affine_double
-
-
 @PLAIN
-def gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after):
-    """(u - mean, t) of one element, 0 where it does not count: z is found again as in `affine`, and t = dy * after'(z)
-    is its gradient."""
-    d = keep(mask, i, activate(before, x, load(x, i)) - at(mean, i))
-    z = plus(plus(times(d * at(scale, i), w, i), b, i), residual, i)
-    return d, keep(mask, i, load(dy, i) * slope(after, dy, z))
+def gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after):
+    """(d, t) of one element, 0 where it does not count, from g of dy and v of x: d = u * power - mean, z is found again
+    as in `affine`, and t = g * after'(z) is its gradient."""
+    d = keep(mask, i, times(activate(before, x, v), power, i) - at_like(scale, mean, i))
+    z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
+    return d, keep(mask, i, g * slope(after, dy, z))
 
 
 @REDUCE
-def backward_sums(dy, x, mean, scale, w, b, residual, mask, before, after, weights):
-    """sum(t * weights), sum(t * weights * (u - mean)); without `weights` sum(t), sum(t * (u - mean))"""
+def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    """sum(t * weights), sum(t * weights * d), in the manner of `block_sums`."""
     widest_vectors()
     s = 0.0
     q = 0.0
-    for i in range(x.size):
-        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+    for j in range(width):
+        ds = zero(scale)
+        dq = zero(scale)
+        for m in range(ROWS):
+            i = begin + m * width + j
+            g, v = at_like(scale, dy, i), at_like(scale, x, i)
+            d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+            t = times(t, weights, i)
+            ds += t
+            dq += t * d
+        s += ds
+        q += dq
+    return s, q
+
+
+@REDUCE
+def rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    """`block_backward_sums` of the elements from `begin` to the end, one by one."""
+    widest_vectors()
+    s = 0.0
+    q = 0.0
+    for i in range(begin, x.size):
+        g, v = at_like(scale, dy, i), at_like(scale, x, i)
+        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
         t = times(t, weights, i)
         s += t
-        q += t * d
+        q += t * np.float64(d)
     return s, q
 
 
 @PLAIN
-def add_backward_row(dy, x, mean, scale, w, b, residual, mask, before, after, weights, s, q):
-    """`backward_sums` of every column on its own."""
-    widest_vectors()
-    for i in range(x.size):
-        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
-        t = times(t, weights, i)
-        s[i] += t
-        q[i] += t * d
+def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    """`block_backward_sums` of the row."""
+    s = 0.0
+    q = 0.0
+    begin = 0
+    while width_of(x.size - begin):
+        width = width_of(x.size - begin)
+        ds, dq = block_backward_sums(
+            begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
+        )
+        s += ds
+        q += dq
+        begin += ROWS * width
+    ds, dq = rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights)
+    return s + ds, q + dq
 
 
 @PLAIN
-def add_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after, dw, db):
-    """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = (u - mean) * scale."""
+def add_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, dw, db):
+    """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = d * scale + low."""
     widest_vectors()
     for i in range(x.size):
-        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
-        dw[i] += t * (d * at(scale, i))
+        g, v = at_like(scale, dy, i), at_like(scale, x, i)
+        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+        dw[i] += t * plus(d * at_like(scale, scale, i), low, i)
         db[i] += t
 
 
-@REDUCE
-def row_param_grads(dy, x, mean, scale, w, b, residual, mask, before, after):
-    """Where one weight and one bias serve the whole row: sum(t * xhat), sum(t)"""
-    widest_vectors()
-    s = 0.0
-    q = 0.0
-    for i in range(x.size):
-        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
-        s += t
-        q += t * (d * at(scale, i))
-    return q, s
-
-
 @PLAIN
-def backward_affine(dy, x, mean, scale, w, b, residual, mask, before, after, k1, k2, addend, dz, dx):
-    """dx = (t * scale * w - (u - mean) * k2 - k1) * before'(x) + addend, and dz = t"""
+def backward_affine(
+    dy, x, power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, dx
+):
+    """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t"""
     widest_vectors()
     for i in range(x.size):
-        d, t = gradient_at(i, dy, x, mean, scale, w, b, residual, mask, before, after)
+        g, v = at_like(scale, dy, i), at_like(scale, x, i)
+        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
         store(dz, i, t)
-        du = times(t * at(scale, i), w, i) - d * at(k2, i) - at(k1, i)
-        store(dx, i, plus(keep(mask, i, du * slope(before, x, load(x, i))), addend, i))
+        du = times(t * at_like(scale, gain, i), w, i) + (d * at_like(scale, k2, i) + at_like(scale, k1, i))
+        du = times(du, lift, i) * slope(before, x, v)
+        store(dx, i, plus(keep(mask, i, du), addend, i))
 
 
 # ---- rows of what may be None ----------------------------------------------------------------------------------------
@@ -230,7 +297,7 @@ def mask_row(mask, constant, i, k, begin, end):
 
 @PLAIN
 def param_run(param, k, j, m):
-    """The row of a parameter (r or 1, g, c, s or 1) for one run."""
+    """What of a parameter belongs to a run: a number of (r or 1, g, c), a row of (r or 1, g, c, s)."""
     return param[k if param.shape[0] > 1 else 0, j, m]
 
 
@@ -245,8 +312,13 @@ def row_of(array, i, k, begin, end):
 
 
 @optional(lambda row, begin, end: None)
-def part_of(row, begin, end):
+def slice_of(row, begin, end):
     return row[begin:end]
+
+
+@optional(lambda array, i, begin, end: None)
+def part_of(array, i, begin, end):
+    return array[i, begin:end]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -257,11 +329,32 @@ def group_size(x):
     return np.float64(x.shape[1] * x.shape[3] * x.shape[4])
 
 
-@optional(
-    lambda mask, constant, before, x, i, j: (group_size(x), activate(before, x[i, 0, j, 0], load(x[i, 0, j, 0], 0)))
-)
+@chosen
+def rounded(x, value):
+    return (lambda x, value: value) if x.dtype == types.float64 else lambda x, value: np.float64(np.float32(value))
+
+
+@PLAIN
+def pivot_of(before, x):
+    """The mean of the first elements, rounded to the type that x is computed in.
+
+    It is nearer to the mean of all than one element is, so less is lost to rounding, and fewer groups are summed again
+    (of normal data one in 200 about one element). Equal values give that value, exactly.
+    """
+    count = NEAR if x.size >= NEAR else 1
+    total = 0.0
+    for i in range(count):
+        total += activate(before, x, load(x, i))
+    return rounded(x, total / count)
+
+
+@optional(lambda mask, constant, before, x, i, j: (group_size(x), pivot_of(before, x[i, 0, j, 0])))
 def group_start(mask, constant, before, x, i, j):
-    """(elements that count, u of the first of them) in the group (n, g) = (i, j)."""
+    """(elements that count, a pivot) of the group (n, g) = (i, j).
+
+    Under a mask the pivot is the first element that counts, or as without a mask where the first ones all do: a row
+    that is valid throughout has the same bits under a mask and without.
+    """
     count = 0
     pivot = 0.0
     for k in range(x.shape[1]):
@@ -270,6 +363,8 @@ def group_start(mask, constant, before, x, i, j):
             if count == 0 and found:
                 pivot = activate(before, x[i, k, j, m], load(x[i, k, j, m], first))
             count += found
+    if valid_in(mask_run(mask, constant, i, 0, j, 0)[:NEAR])[0] == min(NEAR, x.shape[4]):
+        pivot = pivot_of(before, x[i, 0, j, 0])
     return np.float64(count), pivot
 
 
@@ -286,19 +381,43 @@ def group_sums(x, mask, constant, before, i, j, pivot):
     return s, q
 
 
+def untrusted_sums(x, mask, constant, before, i, j, pivot, n, center):
+    """Nothing: float64 is summed in float64."""
+    return 0.0, 0.0, False
+
+
+def narrow_sums(x, mask, constant, before, i, j, pivot, n, center):
+    """`group_sums` in float32, and whether they can be trusted."""
+    if n < FEW:
+        return 0.0, 0.0, False
+    s, q = group_sums(x, mask, constant, before, i, j, np.float32(pivot))
+    m2 = q - s * s / n if center else q
+    near = not center or s * s <= POOR_PIVOT * n * m2
+    return s, q, near and TRUSTED[0] < m2 < TRUSTED[1]
+
+
+@chosen
+def fast_sums(x, mask, constant, before, i, j, pivot, n, center):
+    return untrusted_sums if x.dtype == types.float64 else narrow_sums
+
+
 @PLAIN
-def group_moments(x, mask, constant, before, i, j, center, eps, p, stats):
-    """Statistics of the group (i, j) into stats[:, p]; without centring about zero."""
+def group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stats):
+    """Statistics of the group (i, j) into stats[:, p]; without centring about zero; `precise` asks for float64 sums."""
     n, first = group_start(mask, constant, before, x, i, j)
     stats[COUNT, p] = n
     if n == 0.0:
         stats[:, p] = 0.0
         return
     pivot = first if center else 0.0
-    s, q = group_sums(x, mask, constant, before, i, j, pivot)
-    if center and not s * s <= POOR_PIVOT * n * (q - s * s / n):
-        pivot += s / n
+    s, q, trusted = 0.0, 0.0, False
+    if not precise:
+        s, q, trusted = fast_sums(x, mask, constant, before, i, j, pivot, n, center)
+    if not trusted:
         s, q = group_sums(x, mask, constant, before, i, j, pivot)
+        if center and not s * s <= POOR_PIVOT * n * (q - s * s / n):
+            pivot += s / n
+            s, q = group_sums(x, mask, constant, before, i, j, pivot)
     shift = s / n if center else 0.0
     mean = pivot + shift
     m2 = q - s * shift if center else q
@@ -306,6 +425,56 @@ def group_moments(x, mask, constant, before, i, j, center, eps, p, stats):
     stats[RESIDUAL, p] = (pivot - mean) + shift
     stats[M2, p] = 0.0 if m2 < 0.0 else m2  # rounding only; NaN stays NaN
     stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] / n + eps)
+
+
+@PLAIN
+def power_for(mean, scale):
+    """The power of two by which x is multiplied so that it, the mean and what is left of the scale suit float32."""
+    size = abs(scale)
+    if abs(mean) > HUGE or 0.0 < size < 1.0 / HUGE:
+        return 1.0 / EXTREME
+    return EXTREME if size > HUGE else 1.0
+
+
+def double_terms(x, mean, scale):
+    return None, mean, scale, 0.0
+
+
+def single_terms(x, mean, scale):
+    power = power_for(mean, scale)
+    high = np.float64(np.float32(mean))
+    rest = scale / power
+    if LARGEST < abs(rest) < np.inf:
+        rest = np.copysign(LARGEST, rest)
+    return np.float32(power), np.float32(high * power), np.float32(rest), (high - mean) * scale
+
+
+@chosen
+def terms(x, mean, scale):
+    """(power, mean, scale, low), with which `affine` computes (u - mean) * scale in the type for x."""
+    return double_terms if x.dtype == types.float64 else single_terms
+
+
+def double_gains(x, rstd, scale, low, k1, k2):
+    return rstd, -(k1 + low * k2) * rstd, -scale * k2 * rstd, None
+
+
+def single_gains(x, rstd, scale, low, k1, k2):
+    lift = 1.0
+    if 0.0 < rstd < 1.0 / HUGE:
+        lift = 1.0 / EXTREME
+    elif rstd > HUGE:
+        lift = EXTREME
+    lift *= lift  # a product of two factors of that size is lifted
+    gain = rstd / lift
+    return np.float32(gain), np.float32(-(k1 + low * k2) * gain), np.float32(-scale * k2 * gain), np.float32(lift)
+
+
+@chosen
+def gains(x, rstd, scale, low, k1, k2):
+    """(gain, k1, k2, lift), with which `backward_affine` computes rstd * (t * w - k1 - xhat * k2) in the type for x,
+    where xhat = d * scale + low."""
+    return double_gains if x.dtype == types.float64 else single_gains
 
 
 @optional(lambda source, addend, total, i, j: None)
@@ -317,13 +486,33 @@ def add_group(source, addend, total, i, j):
 
 @PLAIN
 def runs_forward(
-    chunk, groups, leap, x, w, b, center, eps, find, stats, residual, mask, before, after, source, addend, total, y
+    chunk,
+    groups,
+    leap,
+    x,
+    w,
+    b,
+    center,
+    eps,
+    precise,
+    find,
+    stats,
+    residual,
+    mask,
+    before,
+    after,
+    source,
+    addend,
+    total,
+    y,
 ):
     """Groups [chunk*groups, ...): statistics where `find` asks, then y, unless it is empty, while x is in the cache.
 
     Where `source` is not None, x is the memory of `total`, and total = source + addend comes first. `leap` chunks on
     lies the chunk that this thread is likely to do next, which is fetched to the cache meanwhile; 0 for none.
     """
+    x, y, w, b = borrowed(x), borrowed(y), borrowed(w), borrowed(b)
+    residual, mask = borrowed(residual), borrowed(mask)
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
     end = min((chunk + 1) * groups, n * g)
@@ -332,108 +521,173 @@ def runs_forward(
         coming = p + 1 if p + 1 < end else (chunk + leap) * groups
         add_group(source, addend, total, i, j)
         if find:
-            group_moments(x, mask, constant, before, i, j, center, eps, p, stats)
+            group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stats)
         if y.size:
-            mean, rstd = stats[MEAN, p], stats[RSTD, p]
             for k in range(r):
                 for m in range(c):
                     xs, ys, rs = x[i, k, j, m], y[i, k, j, m], run_of(residual, i, k, j, m)
                     ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
                     ahead = x[coming // g, k, coming % g, m] if leap and coming < n * g else xs[:0]
-                    if ws.size > 1:
-                        affine_run(xs, ahead, mean, rstd, ws, bs, rs, ms, before, after, ys)
-                    else:
-                        affine_run(xs, ahead, mean, rstd * ws[0], None, bs[0], rs, ms, before, after, ys)
+                    affine_run(xs, ahead, stats[MEAN, p], stats[RSTD, p], ws, bs, rs, ms, before, after, ys)
+
+
+def affine_number(x, ahead, mean, rstd, w, b, residual, mask, before, after, y):
+    power, high, scale, low = terms(x, mean, rstd * w)
+    affine(x, ahead, power, high, scale, None, None, b + low, residual, mask, before, after, y)
+
+
+def affine_row(x, ahead, mean, rstd, w, b, residual, mask, before, after, y):
+    power, high, scale, low = terms(x, mean, rstd)
+    affine(x, ahead, power, high, scale, low, w, b, residual, mask, before, after, y)
+
+
+@chosen
+def affine_run(x, ahead, mean, rstd, w, b, residual, mask, before, after, y):
+    """`affine` of a run, where weight and bias are numbers or rows."""
+    return affine_row if isinstance(w, types.Array) else affine_number
 
 
 @PLAIN
-def group_backward_sums(dy, x, w, b, residual, mask, constant, before, after, i, j, mean, rstd, dw, db):
-    """s1 = sum(w*t), s2 = sum(w*t*xhat) of the group (i, j); dw, db (r or 1, g, c, s or 1), where not empty, grow."""
+def run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, weights, precise):
+    """sum(t * weights), sum(t * weights * xhat) of a run; in float64 where float32 overflows, or with `precise`."""
+    s = np.inf
+    q = np.inf
+    if not precise:
+        power, high, scale, low = terms(x, mean, rstd)
+        s, q = backward_sums(dy, x, power, high, scale, low, w, b, residual, mask, before, after, weights)
+        q = q * scale + low * s
+    if not abs(s) + abs(q) < np.inf:
+        s, q = backward_sums(dy, x, None, mean, rstd, 0.0, w, b, residual, mask, before, after, weights)
+        q *= rstd
+    return s, q
+
+
+def grow_numbers(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, k, j, m, dw, db, dws, dbs):
+    s, q = run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, None, precise)
+    if dw.size:
+        k = k if dw.shape[0] > 1 else 0
+        dw[k, j, m] += q
+        db[k, j, m] += s
+    return w * s, w * q
+
+
+def grow_rows(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, k, j, m, dw, db, dws, dbs):
+    if dw.size and precise:
+        dw, db = param_run(dw, k, j, m), param_run(db, k, j, m)
+        add_param_grads(dy, x, None, mean, rstd, 0.0, w, b, residual, mask, before, after, dw, db)
+    elif dw.size:
+        power, high, scale, low = terms(x, mean, rstd)
+        dws, dbs = param_run(dws, k, j, m), param_run(dbs, k, j, m)
+        add_param_grads(dy, x, power, high, scale, low, w, b, residual, mask, before, after, dws, dbs)
+    return run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, w, precise)
+
+
+@chosen
+def grow(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, k, j, m, dw, db, dws, dbs):
+    """sum(w * t), sum(w * t * xhat) of a run.
+
+    The gradients of weight and bias, dw and db, grow where they are not empty. Where those are rows, and `precise` is
+    not asked for, their parts dws and dbs grow in their place.
+    """
+    return grow_rows if isinstance(w, types.Array) else grow_numbers
+
+
+@PLAIN
+def group_backward_sums(
+    dy, x, w, b, residual, mask, constant, before, after, precise, i, j, mean, rstd, dw, db, dws, dbs
+):
+    """sum(w * t), sum(w * t * xhat) of the group (i, j); `grow` has the rest."""
     s1 = 0.0
     s2 = 0.0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
             dys, xs, rs = dy[i, k, j, m], x[i, k, j, m], run_of(residual, i, k, j, m)
             ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
-            if ws.size > 1:
-                t1, t2 = backward_sums(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, ws)
-                if dw.size:
-                    dws, dbs = param_run(dw, k, j, m), param_run(db, k, j, m)
-                    add_param_grads(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, dws, dbs)
-                s1 += t1
-                s2 += t2 * rstd
-            else:
-                t1, t2 = backward_sums(dys, xs, mean, rstd * ws[0], None, bs[0], rs, ms, before, after, None)
-                if dw.size:
-                    param_run(dw, k, j, m)[0] += t2 * rstd
-                    param_run(db, k, j, m)[0] += t1
-                s1 += ws[0] * t1
-                s2 += ws[0] * t2 * rstd
+            t1, t2 = grow(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, precise, k, j, m, dw, db, dws, dbs)
+            s1 += t1
+            s2 += t2
     return s1, s2
 
 
 @PLAIN
+def flush_row(partial, total):
+    """total += partial, which begins anew."""
+    for i in range(partial.size):
+        total[i] += partial[i]
+        partial[i] = 0.0
+
+
+@optional(lambda partial, total: None)
+def flush(partial, total):
+    """`flush_row` for every row of (r or 1, g, c, s)."""
+    for k in range(partial.shape[0]):
+        for j in range(partial.shape[1]):
+            for m in range(partial.shape[2]):
+                flush_row(partial[k, j, m], total[k, j, m])
+
+
+@chosen
+def partial_like(x, total):
+    """Zeros for sums that go to `total` later, in the type that x is computed in; None for single numbers."""
+    if total.ndim == 3:
+        return lambda x, total: None
+    real = np.float64 if x.dtype == types.float64 else np.float32
+    return lambda x, total: np.zeros(total.shape, real)
+
+
+@PLAIN
 def runs_backward(
-    chunk,
-    groups,
-    dy,
-    x,
-    w,
-    b,
-    center,
-    fixed,
-    find,
-    stats,
-    k,
-    residual,
-    mask,
-    before,
-    after,
-    addend,
-    dw,
-    db,
-    dz,
-    dx,
+    chunk, groups, dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend, dw, db, dz, dx
 ):
     """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db; then dx and
     dz, unless dx is empty, while dy and x are in the cache.
 
-    dw, db (chunks, r or 1, g, c, s or 1), or one share in place of `chunks` where each group is met once.
-    The sums over the group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are
-    `fixed`.
+    Where dx is empty the sums are what is asked for, and so in float64. dw, db (chunks, r or 1, g, c), with rows of s
+    where weight and bias have them, or one share in place of `chunks` where each group is met once. The sums over the
+    group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are `fixed`.
     """
+    dy, x, w, b, dx = borrowed(dy), borrowed(x), borrowed(w), borrowed(b), borrowed(dx)
+    residual, mask, addend, dz = borrowed(residual), borrowed(mask), borrowed(addend), borrowed(dz)
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
-    for p in range(chunk * groups, min((chunk + 1) * groups, n * g)):
+    precise = dx.size == 0 or group_size(x) < FEW
+    dw1, db1 = dw[share], db[share]
+    dws, dbs = partial_like(x, dw1), partial_like(x, db1)
+    begin = chunk * groups
+    for p in range(begin, min(begin + groups, n * g)):
         i, j = p // g, p % g
         mean, rstd, count = stats[MEAN, p], stats[RSTD, p], stats[COUNT, p]
         if find:
             s1, s2 = group_backward_sums(
-                dy, x, w, b, residual, mask, constant, before, after, i, j, mean, rstd, dw[share], db[share]
+                dy, x, w, b, residual, mask, constant, before, after, precise, i, j, mean, rstd, dw1, db1, dws, dbs
             )
             k[K1, p] = s1 / count if center and not fixed and count else 0.0
             k[K2, p] = s2 / count if not fixed and count else 0.0
+            if (p - begin) % FLUSH == FLUSH - 1:
+                flush(dws, dw1)
+                flush(dbs, db1)
         if dx.size:
-            k1 = k[K1, p] * rstd
-            k2 = k[K2, p] * rstd * rstd
+            power, high, scale, low = terms(x, mean, rstd)
+            gain, k1, k2, lift = gains(x, rstd, scale, low, k[K1, p], k[K2, p])
             for a in range(r):
                 for m in range(c):
                     dys, xs, dxs = dy[i, a, j, m], x[i, a, j, m], dx[i, a, j, m]
                     rs, ms = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m)
                     ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
                     ts, zs = run_of(addend, i, a, j, m), run_of(dz, i, a, j, m)
-                    if ws.size > 1:
-                        backward_affine(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, k1, k2, ts, zs, dxs)
-                    else:
-                        scale = rstd * ws[0]
-                        backward_affine(dys, xs, mean, scale, None, bs[0], rs, ms, before, after, k1, k2, ts, zs, dxs)
+                    backward_affine(
+                        dys, xs, power, high, scale, low, ws, bs, rs, ms, before, after, gain, k1, k2, lift, ts, zs, dxs
+                    )
+    flush(dws, dw1)
+    flush(dbs, db1)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
 # A chunk is a tile: rows [r0, r1) and columns [w0, w1) of samples [i0, i1), more than one sample where they are small.
-# `share` is the row block, which is the row of the partial sums that the chunk may write. `wr` and `br`, where not
-# None, are parameters along r: (r, 1), or (r, c) where they lie along c too and columns are (g, c).
+# `share` is the row block, which is the row of the partial sums that the chunk may write. What belongs to a column is
+# (n, w), in the type that x is computed in. `wr` and `br`, where not None, are parameters along r: (r, 1), or (r, c)
+# where they lie along c too and columns are (g, c).
 
 
 @PLAIN
@@ -468,8 +722,10 @@ def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
 
 @PLAIN
 def add_row(x, pivot, mask, before, s, q):
+    """`block_sums` of every column on its own, added to float64."""
+    widest_vectors()
     for j in range(x.size):
-        d = keep(mask, j, activate(before, x, load(x, j)) - pivot[j])
+        d = keep(mask, j, activate(before, x, at_like(pivot, x, j)) - at_like(pivot, pivot, j))
         s[j] += d
         q[j] += d * d
 
@@ -482,11 +738,44 @@ def add_counts(mask, part, i, share, begin):
 
 
 @PLAIN
+def add_block(x, i, k, begin, pivot, before, s, q):
+    """`add_row` of ROWS rows, whose sums stay in registers."""
+    widest_vectors()
+    for j in range(s.size):
+        ds = zero(pivot[j])
+        dq = zero(pivot[j])
+        for m in range(ROWS):
+            d = activate(before, x, element(pivot, x, i, k + m, begin + j)) - at_like(pivot, pivot, j)
+            ds += d
+            dq += d * d
+        s[j] += ds
+        q[j] += dq
+
+
+def no_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
+    return r0
+
+
+def plain_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
+    for k in range(r0, r1 - ROWS + 1, ROWS):
+        add_block(x, i, k, begin, pivot, before, s, q)
+    return r0 + (r1 - r0) // ROWS * ROWS
+
+
+@chosen
+def add_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
+    """The rows [r0, r1) of sample i, as far as they fill blocks; returns the first row that is left."""
+    return plain_blocks if isinstance(mask, types.NoneType) else no_blocks
+
+
+@PLAIN
 def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, addend, total, part):
     """part (3, n, shares, w): sum(u - pivot), sum((u - pivot)^2) and, with a mask, the count down the tile's rows.
 
-    pivot (n, w). `source` as for `runs_forward`.
+    pivot (n, w), in whose type deviations are taken. `source` as for `runs_forward`.
     """
+    x, mask, pivot, part = borrowed(x), borrowed(mask), borrowed(pivot), borrowed(part)
+    source, addend, total = borrowed(source), borrowed(addend), borrowed(total)
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     for i in range(i0, i1):
@@ -494,6 +783,7 @@ def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, ad
         part[:, i, share, w0:w1] = 0.0
         for k in range(r0, r1):
             add_rows(row_of(source, i, k, w0, w1), row_of(addend, i, k, w0, w1), row_of(total, i, k, w0, w1))
+        for k in range(add_blocks(mask, x, i, r0, r1, w0, p, before, s, q), r1):
             valid = mask_row(mask, constant, i, k, w0, w1)
             add_row(x[i, k, w0:w1], p, valid, before, s, q)
             add_counts(valid, part, i, share, w0)
@@ -506,9 +796,12 @@ def period_of(wr, w):
 
 
 @PLAIN
-def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, residual, mask, before, after, y):
-    """y = after((u - mean) * a + b + residual), or after(((u - mean) * a + b) * wr + br + residual); mean, a, b (n, w),
-    all float64 or all float32."""
+def columns_apply(chunk, samples, rows, width, x, power, mean, scale, shift, wr, br, residual, mask, before, after, y):
+    """y = after(z + residual), where z = (u * power - mean) * scale + shift, or z * wr + br in its place.
+
+    power (or None), mean, scale and shift (n, w).
+    """
+    x, residual, mask, y = borrowed(x), borrowed(residual), borrowed(mask), borrowed(y)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
@@ -516,64 +809,152 @@ def columns_apply(chunk, samples, rows, width, x, mean, a, b, wr, br, residual, 
         j = w0
         while j < w1:
             e = min(w1, (j // c + 1) * c)
-            m, scale, shift = mean[i, j:e], a[i, j:e], b[i, j:e]
+            p, m, a, b = part_of(power, i, j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
             for k in range(r0, r1):
                 xs, ys, rs = x[i, k, j:e], y[i, k, j:e], row_of(residual, i, k, j, e)
-                ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
                 ahead = x[i, k + 1, j:e] if k + 1 < x.shape[1] else xs[:0]
                 if wr is None:
-                    affine(xs, ahead, m, scale, None, None, shift, rs, ms, before, after, ys)
+                    affine(xs, ahead, p, m, a, None, None, b, rs, ms, before, after, ys)
                 elif wr.shape[1] == 1:
-                    affine(xs, ahead, m, scale, shift, wr[k, 0], br[k, 0], rs, ms, before, after, ys)
+                    affine(xs, ahead, p, m, a, b, wr[k, 0], br[k, 0], rs, ms, before, after, ys)
                 else:
                     u, v = j % c, j % c + e - j
-                    affine(xs, ahead, m, scale, shift, wr[k, u:v], br[k, u:v], rs, ms, before, after, ys)
+                    affine(xs, ahead, p, m, a, b, wr[k, u:v], br[k, u:v], rs, ms, before, after, ys)
             j = e
 
 
 @PLAIN
+def add_backward_row(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, s, q):
+    """`block_backward_sums` of every column on its own, added to float64."""
+    widest_vectors()
+    for j in range(x.size):
+        g, v = at_like(scale, dy, j), at_like(scale, x, j)
+        d, t = gradient_at(j, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+        t = times(t, weights, j)
+        s[j] += t
+        q[j] += t * d
+
+
+@PLAIN
+def add_backward_block(dy, x, i, k, begin, power, mean, scale, shift, before, after, s, q):
+    """`add_backward_row` of ROWS rows, whose sums stay in registers."""
+    widest_vectors()
+    for j in range(s.size):
+        ds = zero(scale[j])
+        dq = zero(scale[j])
+        for m in range(ROWS):
+            g, v = element(scale, dy, i, k + m, begin + j), element(scale, x, i, k + m, begin + j)
+            d, t = gradient_at(j, g, v, dy, x, power, mean, scale, None, None, shift, None, None, before, after)
+            ds += t
+            dq += t * d
+        s[j] += ds
+        q[j] += dq
+
+
+def no_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean, scale, shift, before, after, s, q):
+    return r0
+
+
+def plain_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean, scale, shift, before, after, s, q):
+    for k in range(r0, r1 - ROWS + 1, ROWS):
+        add_backward_block(dy, x, i, k, begin, power, mean, scale, shift, before, after, s, q)
+    return r0 + (r1 - r0) // ROWS * ROWS
+
+
+@chosen
+def add_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean, scale, shift, before, after, s, q):
+    """The rows [r0, r1) of sample i, as far as they fill blocks; returns the first row that is left."""
+    plain = all(isinstance(option, types.NoneType) for option in (wr, residual, mask))
+    return plain_backward_blocks if plain else no_backward_blocks
+
+
+@PLAIN
 def columns_backward_sums(
-    chunk, samples, rows, width, dy, x, mean, a, b, wr, br, residual, mask, before, after, part, dwr
+    chunk, samples, rows, width, dy, x, power, mean, scale, shift, wr, br, residual, mask, before, after, part, dwr
 ):
-    """part (2, n, shares, w): sum(wr * t) and sum(wr * t * (u - mean)) down the tile's rows; dwr (2, n, tiles, r, 1 or
-    c), where not empty: each row's sum(t * xhat) and sum(t) along the tile."""
+    """part (2, n, shares, w): sum(wr * t) and sum(wr * t * d) down the tile's rows; dwr (2, n, tiles, r, 1 or c), where
+    not empty: each row's sum(t * xhat) and sum(t) along the tile."""
+    dy, x, residual, mask, part = borrowed(dy), borrowed(x), borrowed(residual), borrowed(mask), borrowed(part)
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
+    tile = w0 // width
     for i in range(i0, i1):
         part[:, i, share, w0:w1] = 0.0
         j = w0
         while j < w1:
             e = min(w1, (j // c + 1) * c)
-            m, scale, shift = mean[i, j:e], a[i, j:e], b[i, j:e]
+            p, m, a, b = part_of(power, i, j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
             s, q = part[0, i, share, j:e], part[1, i, share, j:e]
-            for k in range(r0, r1):
+            for k in range(
+                add_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, j, p, m, a, b, before, after, s, q), r1
+            ):
                 dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
-                ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
                 if wr is None:
-                    add_backward_row(dys, xs, m, scale, None, shift, rs, ms, before, after, None, s, q)
+                    add_backward_row(dys, xs, p, m, a, None, None, b, rs, ms, before, after, None, s, q)
                 elif wr.shape[1] == 1:
-                    w = wr[k, 0]
-                    add_backward_row(dys, xs, m, scale, w, br[k, 0], rs, ms, before, after, w, s, q)
+                    w, bias = wr[k, 0], br[k, 0]
+                    add_backward_row(dys, xs, p, m, a, b, w, bias, rs, ms, before, after, w, s, q)
                     if dwr.size:
-                        t1, t2 = row_param_grads(dys, xs, m, scale, w, br[k, 0], rs, ms, before, after)
-                        dwr[0, i, w0 // width, k, 0] = t1
-                        dwr[1, i, w0 // width, k, 0] = t2
+                        add_row_param_grads(dys, xs, p, m, a, b, w, bias, rs, ms, before, after, dwr[:, i, tile, k, 0])
                 else:
-                    u, v = j % c, j % c + e - j
-                    ws, bs = wr[k, u:v], br[k, u:v]
-                    add_backward_row(dys, xs, m, scale, ws, bs, rs, ms, before, after, ws, s, q)
+                    ws, bs = wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j]
+                    add_backward_row(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, ws, s, q)
                     if dwr.size:
-                        dws, dbs = dwr[0, i, w0 // width, k, u:v], dwr[1, i, w0 // width, k, u:v]
-                        add_param_grads(dys, xs, m, scale, ws, bs, rs, ms, before, after, dws, dbs)
+                        own = dwr[:, i, tile, k, j % c : j % c + e - j]
+                        add_param_grads(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, own[0], own[1])
             j = e
+
+
+@REDUCE
+def add_row_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, grads):
+    """Where one weight and one bias serve the whole row: grads += (sum(t * xhat), sum(t))"""
+    widest_vectors()
+    s = 0.0
+    q = 0.0
+    for i in range(x.size):
+        g, v = at_like(scale, dy, i), at_like(scale, x, i)
+        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+        s += t
+        q += t * plus(d * at_like(scale, scale, i), low, i)
+    grads[0] += q
+    grads[1] += s
 
 
 @PLAIN
 def columns_backward_apply(
-    chunk, samples, rows, width, dy, x, mean, a, b, wr, br, k1, k2, residual, mask, before, after, addend, dz, dx
+    chunk,
+    samples,
+    rows,
+    width,
+    dy,
+    x,
+    power,
+    mean,
+    scale,
+    shift,
+    wr,
+    br,
+    gain,
+    k1,
+    k2,
+    lift,
+    residual,
+    mask,
+    before,
+    after,
+    addend,
+    dz,
+    dx,
 ):
-    """dx = (t * a * wr - (u - mean) * k2 - k1) * before'(x) + addend, dz = t; mean, a, b, k1, k2 (n, w)."""
+    """dx = (t * gain * wr + (d * k2 + k1)) * lift * before'(x) + addend, dz = t.
+
+    gain, k1, k2 and lift (or None) (n, w).
+    """
+    dy, x, dx, residual, mask = borrowed(dy), borrowed(x), borrowed(dx), borrowed(residual), borrowed(mask)
+    addend, dz = borrowed(addend), borrowed(dz)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
@@ -581,17 +962,18 @@ def columns_backward_apply(
         j = w0
         while j < w1:
             e = min(w1, (j // c + 1) * c)
-            m, scale, shift, c1, c2 = mean[i, j:e], a[i, j:e], b[i, j:e], k1[i, j:e], k2[i, j:e]
+            p, m, a, b = part_of(power, i, j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
+            f, c1, c2, g = gain[i, j:e], k1[i, j:e], k2[i, j:e], part_of(lift, i, j, e)
             for k in range(r0, r1):
                 dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
-                ms = part_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
-                ts, zs, dxs = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
+                ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                ts, zs, out = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
                 if wr is None:
-                    backward_affine(dys, xs, m, scale, None, shift, rs, ms, before, after, c1, c2, ts, zs, dxs)
+                    backward_affine(dys, xs, p, m, a, None, None, b, rs, ms, before, after, f, c1, c2, g, ts, zs, out)
                 elif wr.shape[1] == 1:
                     w, bias = wr[k, 0], br[k, 0]
-                    backward_affine(dys, xs, m, scale, w, bias, rs, ms, before, after, c1, c2, ts, zs, dxs)
+                    backward_affine(dys, xs, p, m, a, b, w, bias, rs, ms, before, after, f, c1, c2, g, ts, zs, out)
                 else:
                     ws, bs = wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j]
-                    backward_affine(dys, xs, m, scale, ws, bs, rs, ms, before, after, c1, c2, ts, zs, dxs)
+                    backward_affine(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, f, c1, c2, g, ts, zs, out)
             j = e

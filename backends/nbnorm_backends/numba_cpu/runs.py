@@ -26,6 +26,7 @@ def forward(
     *,
     center: bool,
     eps: float,
+    precise: bool,
     find: bool,
     stats: Array,
     joined: Joined,
@@ -38,7 +39,7 @@ def forward(
     chunks = math.ceil(stats.shape[1] / groups)
     parallel = x.size > TUNING.serial
     leap = scheduler.threads if parallel and x.size // stats.shape[1] <= TUNING.cached else 0
-    found = groups, leap, _runs(x), w, b, center, eps, find, stats
+    found = groups, leap, _runs(x), w, b, center, eps, precise, find, stats
     args = *found, *_options(x, options), *map(_optional, joined), _runs(y)
     scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)
 
@@ -71,7 +72,7 @@ def backward(
         groups = max(groups, math.ceil(stats.shape[1] / most))
     chunks = math.ceil(stats.shape[1] / groups)
     shares = 0 if param_shape is None else 1 if once else chunks
-    grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0, 0, 0, 0))))
+    grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
     args = groups, _runs(dy), _runs(x), w, b, center, fixed, find, stats, coefficients, *_options(x, options)
     outputs = _optional(addend), grads[0], grads[1], _optional(dz), _runs(dx)
     scheduler.run(kernels.runs_backward, chunks, (*args, *outputs), parallel=x.size > TUNING.serial)
@@ -110,18 +111,19 @@ def _param_shape(weight: Array | None, bias: Array | None) -> tuple[int, ...]:
 
 
 def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
-    """A parameter as kernels take it: float64 (r or 1, g, c, s or 1), with s as the run is."""
+    """A parameter as kernels take it: float64 (r or 1, g, c), with rows along the run where it has them."""
     five = np.full(shape, absent) if param is None else param.astype(np.float64, order="C")
     c = x.shape[3]
     if x.shape[4] == 1:
         five, c = five.swapaxes(3, 4), 1
     full = five.shape[1], x.shape[2], c, five.shape[4]
-    return five[0] if five.shape[1:] == full else np.array(np.broadcast_to(five[0], full), order="C")
+    four = five[0] if five.shape[1:] == full else np.array(np.broadcast_to(five[0], full), order="C")
+    return four if four.shape[3] > 1 else four[..., 0]
 
 
 def _five_axes(grad: Array, x: Array, param_shape: tuple[int, ...]) -> Array:
-    """A gradient (r or 1, g, c, s or 1) in the shape of its parameter, summed over axes that it lacks."""
-    five = grad[None]
+    """A gradient, of the axes of `_param`, in the shape of its parameter, summed over axes that it lacks."""
+    five = grad[None] if grad.ndim == 4 else grad[None, ..., None]
     if x.shape[4] == 1:
         five = five.swapaxes(3, 4)
     lacking = tuple(axis for axis in range(5) if param_shape[axis] == 1)

@@ -14,12 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numba import njit
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from nbnorm.backend import WHOLE_OPS
-from nbnorm_backends.numba_cpu.elements import at, carried, load, store
+from nbnorm_backends.numba_cpu.elements import at, borrowed, carried, load, store
 from nbnorm_backends.numba_cpu.kernels import PLAIN
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
@@ -120,22 +118,6 @@ def _run(
     chunks = math.ceil(outer / samples) * math.ceil(run / width)
     args = tuple(carried(arg) if isinstance(arg, np.ndarray) else arg for arg in args)
     scheduler.run(kernel, chunks, (samples, width, *args), parallel=views[0].size * cost > TUNING.serial)
-
-
-@intrinsic
-def borrowed(typing_context: Any, array: Any) -> Any:
-    """The same array, of whose slices nobody counts references: for arguments, which the caller keeps alive.
-
-    Counting is atomic and takes 10 ns or more a slice: without it rows of 3 are divided 9 times faster, of 16, 5 times.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        found = context.make_array(array)(context, builder, args[0])
-        found.meminfo = cgutils.get_null_value(found.meminfo.type)
-        found.parent = cgutils.get_null_value(found.parent.type)
-        return found._getvalue()
-
-    return array(array), generate
 
 
 @ROW

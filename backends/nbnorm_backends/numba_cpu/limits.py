@@ -1,0 +1,43 @@
+"""What memory allows: the time of a copy, or of the sum of two arrays, that a norm's time is a fraction of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from nbnorm_backends.numba_cpu.elements import LINE, plus, put
+from nbnorm_backends.numba_cpu.pool import Pool
+from nbnorm_backends.numba_cpu.threads import thread_count
+
+Array = NDArray[Any]
+CHUNK = 65536  # elements, as in a norm
+
+_pool = Pool(thread_count())
+
+
+def empty(size: int) -> Array:
+    """float32 elements, uninitialised, that begin with a cache line: NumPy's own begin 16 bytes after one."""
+    raw = np.empty(size * 4 + LINE, np.uint8)
+    begin = -raw.ctypes.data % LINE
+    return raw[begin : begin + size * 4].view(np.float32)
+
+
+def move(x: Array, other: Array | None, y: Array, *, stream: bool) -> None:
+    """y = x, or x + other: float32, contiguous; past the caches with `stream`, for which y is one of `empty`."""
+    _pool.run(_move, math.ceil(x.size / CHUNK), (x, other, y, stream or None), parallel=x.size > 2 * CHUNK)
+
+
+@njit(nogil=True)
+def _move(chunk, x, other, y, stream):  # type: ignore[no-untyped-def]  # compiled
+    part = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, x.size))
+    _move_row(x[part], None if other is None else other[part], y[part], stream)
+
+
+@njit(nogil=True)
+def _move_row(x, other, y, stream):  # type: ignore[no-untyped-def]  # compiled
+    for i in range(x.size):
+        put(stream, y, i, plus(x[i], other, i))
