@@ -246,8 +246,11 @@ def torch_compile(problem: Problem) -> Run:
 
 
 def onednn(problem: Problem) -> Run | None:
-    if problem.cell.op != "batch_norm" or problem.cell.last or problem.x.ndim < 4 or problem.cell.dtype != "float32":
+    cell = problem.cell
+    if cell.op != "batch_norm" or cell.kind == "backward" or cell.last or len(cell.shape) < 4:
         return None  # torch hands it nothing else
+    if cell.dtype != "float32":
+        return None
     function, tensors = torch_function(problem)
     blocked = [tensor.to_mkldnn() for tensor in tensors]
     return lambda: function(*blocked)

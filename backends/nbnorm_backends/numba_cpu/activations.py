@@ -32,8 +32,8 @@ class Real:
         self.builder, self.value = builder, value
 
     def of(self, number: Any) -> Any:
-        """`number` as a constant of this type."""
-        return number.value if isinstance(number, Real) else ir.Constant(self.value.type, float(number))
+        """`number` as a value of this type."""
+        return number.value if isinstance(number, Real) else _constant(self.builder, self.value.type, float(number))
 
     def _join(self, name: str, a: Any, b: Any) -> Real:
         return Real(self.builder, getattr(self.builder, name)(a, b, flags=("contract",)))
@@ -68,6 +68,26 @@ class Real:
         word = I32 if self.value.type == F32 else I64
         changed = change(self.builder.bitcast(self.value, word), lambda number: ir.Constant(word, number))
         return Real(self.builder, self.builder.bitcast(changed, self.value.type))
+
+
+def _constant(builder: Any, real: Any, number: float) -> Any:
+    """A number for a loop, loaded from a variable that nothing changes.
+
+    Vectors of a constant proper are made anew in each iteration, with an address each, where they are many; a load goes
+    in front of the loop.
+    """
+    constant = ir.Constant(real, number)
+    if number in (0.0, 1.0):
+        return constant
+    name = f"nbnorm.constant.{real}.{float.hex(number)}"
+    variable = builder.module.globals.get(name)
+    if variable is None:
+        variable = ir.GlobalVariable(builder.module, real, name)
+        variable.linkage = "weak"  # could be replaced when it is linked, for all that LLVM knows, so loads stay loads
+        variable.initializer = constant
+    loaded = builder.load(variable)
+    loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
+    return loaded
 
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
@@ -173,7 +193,7 @@ def _square(x: Real) -> tuple[Real, Real]:
     """x * x as (high, low): rounding it would cost exp(-x * x / 2) up to x * x / 2 units in the last place."""
     if fuses_multiply_add():
         high = x * x
-        return high, Real(x.builder, x.builder.fma(x.value, x.value, (0.0 - high).value))
+        return high, Real(x.builder, x.builder.fma(x.value, x.value, x.builder.fneg(high.value)))
     cleared = -(1 << _constants(x).low_bits)
     head = x.bits(lambda word, of: x.builder.and_(word, of(cleared)))
     return head * head, (x + head) * (x - head)  # the first is exact: half of the bits are 0

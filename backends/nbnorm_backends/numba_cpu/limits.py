@@ -10,6 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nbnorm_backends.numba_cpu.elements import LINE, plus, put
+from nbnorm_backends.numba_cpu.kernels import slice_of
 from nbnorm_backends.numba_cpu.pool import Pool
 from nbnorm_backends.numba_cpu.threads import thread_count
 
@@ -33,8 +34,8 @@ def move(x: Array, other: Array | None, y: Array, *, stream: bool) -> None:
 
 @njit(nogil=True)
 def _move(chunk, x, other, y, stream):  # type: ignore[no-untyped-def]  # compiled
-    part = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, x.size))
-    _move_row(x[part], None if other is None else other[part], y[part], stream)
+    begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, x.size)
+    _move_row(x[begin:end], slice_of(other, begin, end), y[begin:end], stream)
 
 
 @njit(nogil=True)
