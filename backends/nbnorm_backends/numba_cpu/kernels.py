@@ -31,6 +31,7 @@ from numba import njit, types
 
 from nbnorm_backends.numba_cpu.activations import activate, slope
 from nbnorm_backends.numba_cpu.elements import (
+    INNER,
     at_like,
     borrowed,
     chosen,
@@ -47,8 +48,9 @@ from nbnorm_backends.numba_cpu.elements import (
 
 # Reductions may be reordered into vector lanes; nothing may assume away NaN and Inf. fastmath=True, "nnan" and
 # "ninf" break them, "arcp" turns x / denormal into infinity.
-REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True)
-PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True)
+REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, **INNER)
+PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
+KERNEL = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
@@ -484,7 +486,7 @@ def add_group(source, addend, total, i, j):
             add_rows(source[i, k, j, m], addend[i, k, j, m], total[i, k, j, m])
 
 
-@PLAIN
+@KERNEL
 def runs_forward(
     chunk,
     groups,
@@ -635,7 +637,7 @@ def partial_like(x, total):
     return lambda x, total: np.zeros(total.shape, real)
 
 
-@PLAIN
+@KERNEL
 def runs_backward(
     chunk, groups, dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend, dw, db, dz, dx
 ):
@@ -702,7 +704,7 @@ def tile_of(chunk, samples, rows, width, x):
     return i0, min(i0 + samples, n), share, r0, min(r0 + rows, r), w0, min(w0 + width, w)
 
 
-@PLAIN
+@KERNEL
 def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
     """pivot (n, w): u of the first element of each column that counts; count (n, w): 1 where there is one."""
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
@@ -768,7 +770,7 @@ def add_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     return plain_blocks if isinstance(mask, types.NoneType) else no_blocks
 
 
-@PLAIN
+@KERNEL
 def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, addend, total, part):
     """part (3, n, shares, w): sum(u - pivot), sum((u - pivot)^2) and, with a mask, the count down the tile's rows.
 
@@ -795,7 +797,7 @@ def period_of(wr, w):
     return w if wr.shape[1] == 1 else wr.shape[1]
 
 
-@PLAIN
+@KERNEL
 def columns_apply(chunk, samples, rows, width, x, power, mean, scale, shift, wr, br, residual, mask, before, after, y):
     """y = after(z + residual), where z = (u * power - mean) * scale + shift, or z * wr + br in its place.
 
@@ -869,7 +871,7 @@ def add_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean
     return plain_backward_blocks if plain else no_backward_blocks
 
 
-@PLAIN
+@KERNEL
 def columns_backward_sums(
     chunk, samples, rows, width, dy, x, power, mean, scale, shift, wr, br, residual, mask, before, after, part, dwr
 ):
@@ -923,7 +925,7 @@ def add_row_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, be
     grads[1] += s
 
 
-@PLAIN
+@KERNEL
 def columns_backward_apply(
     chunk,
     samples,
