@@ -438,6 +438,12 @@ def power_for(mean, scale):
     return EXTREME if size > HUGE else 1.0
 
 
+@PLAIN
+def clamped(scale):
+    """A finite scale stays finite in float32, or a difference of 0 would give NaN."""
+    return np.copysign(LARGEST, scale) if LARGEST < abs(scale) < np.inf else scale
+
+
 def double_terms(x, mean, scale):
     return None, mean, scale, 0.0
 
@@ -445,10 +451,7 @@ def double_terms(x, mean, scale):
 def single_terms(x, mean, scale):
     power = power_for(mean, scale)
     high = np.float64(np.float32(mean))
-    rest = scale / power
-    if LARGEST < abs(rest) < np.inf:
-        rest = np.copysign(LARGEST, rest)
-    return np.float32(power), np.float32(high * power), np.float32(rest), (high - mean) * scale
+    return np.float32(power), np.float32(high * power), np.float32(clamped(scale / power)), (high - mean) * scale
 
 
 @chosen
