@@ -59,8 +59,8 @@ class _Grid:
         return np.ascontiguousarray(np.broadcast_to(mask, (n, r, *full))).reshape(n, r, -1)
 
     def param(self, param: Array | None) -> Array:
-        """weight or bias (1, 1, g or 1, c or 1, 1) for each column of a row, float64 (g*c,); empty where there is none, or
-        where it lies along r."""
+        """weight or bias (1, 1, g or 1, c or 1, 1) for each column of a row, float64 (g*c,); empty where there is none,
+        or where it lies along r."""
         if param is None or _is_along_r(param):
             return np.empty(0)
         _, _, g, c, _ = self.five
@@ -141,10 +141,11 @@ def _find(
     about the mean."""
     view, (_, mask, before, _) = grid.view(x), extra
     n, rows, w = grid.shape
-    pivot = _pivot(grid, mask, before, x, joined) if center else np.zeros((n, w))
+    plain = mask is None and before is IDENTITY and joined.source is None  # else the pivot is too poor for float32
+    narrow = plain and not precise and x.itemsize < 8 and rows >= FEW
+    pivot = _pivot(grid, mask, before, x, joined, narrow) if center else np.zeros((n, w))
     part = grid.partial_sums(2 if mask is None else 3)
     sums, doubted = np.empty((part.shape[0], n, w)), np.empty((n, w), np.bool_)
-    narrow = not precise and x.itemsize < 8 and rows >= FEW
     first = pivot.astype(np.float32) if narrow else pivot
     grid.run(kernels.columns_sums, view, first, mask, before, *map(grid.optional, joined), part)
     merging.merge_shares(part, sums)
@@ -156,17 +157,19 @@ def _find(
     merging.columns_statistics(sums, float(rows), pivot, *grid.groups, center, eps, stats)
 
 
-def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined) -> Array:
-    """A pivot for every column (n, w), float32 for float32 and half types: the mean of its first elements (see
-    `kernels.pivot_of`), or, under a mask, u of the first that counts; 0 where none does."""
+def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined, narrow: bool) -> Array:
+    """A pivot for every column (n, w): where float32 is summed the mean of its first elements (see `kernels.pivot_of`),
+    else u of the first that counts; 0 where none does."""
     shape = grid.shape[0], grid.shape[2]
     if joined.source is not None:
         first, other = (np.asarray(part).reshape(grid.shape)[:, 0].astype(np.float64) for part in joined[:2])
         return (first + other).astype(x.dtype).astype(np.float64)
     if mask is None and before is IDENTITY:
-        count = NEAR if grid.shape[1] >= NEAR else 1
-        means = np.asarray(x.reshape(grid.shape)[:, :count].astype(np.float64).mean(axis=1))
-        return means if x.itemsize == 8 else means.astype(np.float32).astype(np.float64)
+        first = x.reshape(grid.shape)
+        if not narrow:
+            return first[:, 0].astype(np.float64, order="C")
+        with np.errstate(invalid="ignore"):
+            return np.asarray(first[:, :NEAR].mean(axis=1, dtype=np.float64)).astype(np.float32).astype(np.float64)
     pivot, found = np.zeros(shape), np.zeros(shape)
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
@@ -192,7 +195,7 @@ def backward(
     dx: Array,
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
-    n, _, g, _, _ = x.shape
+    g = x.shape[2]
     along_r = any(shape[1] > 1 for shape in (param_shape, *(p.shape for p in (weight, bias) if p is not None)) if shape)
     grid = _Grid(scheduler, x, folds=not along_r and options.mask is None)
     if along_r and weight is None and bias is None and param_shape is not None:

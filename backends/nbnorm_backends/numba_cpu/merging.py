@@ -1,8 +1,8 @@
 """What lies between two passes over columns: their sums become statistics, and statistics the terms of each column.
 
-Columns (n, w) are (n, k, g, c): k rows folded into one, g groups, c columns of each. Statistics are (5, n*g), as for runs.
-weight and bias are (g*c,), float64; empty where there are none, or where they lie along r. In NumPy each of these steps
-was a dozen calls, and the steps together took longer than the passes over an array of half a megabyte.
+Columns (n, w) are (n, k, g, c): k rows folded into one, g groups, c columns of each. Statistics are (5, n*g), as for
+runs. weight and bias are (g*c,), float64; empty where there are none, or where they lie along r. In NumPy each of these
+steps was a dozen calls, and the steps together took longer than the passes over an array of half a megabyte.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import numpy as np
 
 from nbnorm_backends.numba_cpu.kernels import (
     COUNT,
-    EXTREME,
-    HUGE,
     K1,
     K2,
     KERNEL,
     M2,
     MEAN,
+    NEAR_PIVOT,
     PLAIN,
     POOR_PIVOT,
     RESIDUAL,
     RSTD,
     TRUSTED,
     clamped,
+    high_of,
+    low_of,
     power_for,
+    power_of_two,
 )
 
 
@@ -60,11 +62,11 @@ def doubt(sums, rows, center, narrow, pivot, doubted):
             n = count_of(sums, rows, i, j)
             s, q = sums[0, i, j], sums[1, i, j]
             m2 = q - s * s / n if center else q
-            near = not center or s * s <= POOR_PIVOT * n * m2
+            near = not center or s * s <= (NEAR_PIVOT if narrow else POOR_PIVOT) * n * m2
             doubted[i, j] = n > 0.0 and not (near and (not narrow or TRUSTED[0] < m2 < TRUSTED[1]))
             if doubted[i, j]:
                 found += 1
-                if center and np.isfinite(s):
+                if center and np.isfinite(s) and not s * s <= POOR_PIVOT * n * m2:
                     pivot[i, j] += s / n
     return found
 
@@ -124,7 +126,7 @@ def columns_statistics(sums, rows, pivot, g, c, center, eps, stats):
 @PLAIN
 def reduced(mean, scale, single):
     """(power, high): what x is multiplied by, and the mean as it is taken from x; see `kernels.terms`."""
-    return (power_for(mean, scale), np.float64(np.float32(mean))) if single else (1.0, mean)
+    return (power_for(mean, scale), high_of(mean)) if single else (1.0, mean)
 
 
 @KERNEL
@@ -143,7 +145,7 @@ def columns_terms(stats, g, c, weight, bias, single, power, mean, scale, shift):
                 power[i, j] = f
                 mean[i, j] = high * f
                 scale[i, j] = clamped(factor / f) if single else factor
-                shift[i, j] = (bias[channel] if bias.size else 0.0) + (high - m) * factor
+                shift[i, j] = (bias[channel] if bias.size else 0.0) + low_of(m, high, factor)
                 extreme |= f != 1.0
                 j += 1
     return extreme
@@ -159,7 +161,7 @@ def sums_of_xhat(sums, stats, g, c, weight, single):
                 p = i * g + channel // c
                 m, r = stats[MEAN, p], stats[RSTD, p]
                 f, high = reduced(m, r * weight[channel] if weight.size else r, single)
-                sums[1, i, j] = sums[1, i, j] * (r / f) + (high - m) * r * sums[0, i, j]
+                sums[1, i, j] = sums[1, i, j] * (r / f) + low_of(m, high, r) * sums[0, i, j]
                 j += 1
 
 
@@ -187,7 +189,7 @@ def columns_gradients(sums, stats, g, c, weight, center, fixed, coefficients, dp
 
 @KERNEL
 def columns_gains(stats, g, c, weight, coefficients, single, gain, k1, k2, lift):
-    """What `kernels.backward_affine` takes of each column (n, w); see `kernels.gains`. Returns whether a lift is not 1."""
+    """What `kernels.backward_affine` takes of each column (n, w), as `kernels.gains`; whether a lift is not 1."""
     extreme = False
     for i in range(gain.shape[0]):
         j = 0
@@ -196,11 +198,10 @@ def columns_gains(stats, g, c, weight, coefficients, single, gain, k1, k2, lift)
                 p = i * g + channel // c
                 m, r, w = stats[MEAN, p], stats[RSTD, p], weight[channel] if weight.size else 1.0
                 f, high = reduced(m, r * w, single)
-                up = EXTREME if r > HUGE else 1.0 / EXTREME if 0.0 < r < 1.0 / HUGE else 1.0
-                up = up * up if single else 1.0
+                up = power_of_two(r) if single else 1.0
                 own = r / up
                 gain[i, j] = own * w
-                k1[i, j] = -(coefficients[K1, p] + (high - m) * r * coefficients[K2, p]) * own
+                k1[i, j] = -(coefficients[K1, p] + low_of(m, high, r) * coefficients[K2, p]) * own
                 k2[i, j] = -(r / f) * coefficients[K2, p] * own
                 lift[i, j] = up
                 extreme |= up != 1.0
