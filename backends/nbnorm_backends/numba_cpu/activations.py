@@ -294,6 +294,11 @@ IDENTITY = Tag("identity")
 TAGS: dict[str | None, Tag] = {None: IDENTITY} | {name: Tag(name) for name in FUNCTIONS}
 
 
+def curved(*tags: ActivationType) -> bool:
+    """Whether one of them is a polynomial: too much code to be unrolled, and too slow for conversions to matter."""
+    return any(tag.activation not in ("identity", "relu", "leaky_relu") for tag in tags)
+
+
 register_model(ActivationType)(models.OpaqueModel)
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from nbnorm_backends.numba_cpu.activations import activate, slope
+from nbnorm_backends.numba_cpu.activations import activate, curved, slope
 from nbnorm_backends.numba_cpu.elements import (
     INNER,
     at_like,
@@ -122,21 +122,27 @@ def block_sums(x, begin, width, pivot, mask, before):
 
 @REDUCE
 def rest_sums(x, begin, pivot, mask, before):
-    """`block_sums` of the elements from `begin` to the end, in float64."""
+    """`block_sums` of the elements from `begin` to the end, one by one."""
     widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(begin, x.size):
-        d = keep(mask, i, activate(before, x, load(x, i)) - pivot)
+        d = np.float64(keep(mask, i, activate(before, x, at_like(pivot, x, i)) - pivot))
         s += d
         q += d * d
     return s, q
 
 
-@PLAIN
-def width_of(rest):
-    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
-    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+@chosen
+def width_of(rest, before, after):
+    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left.
+
+    None with a polynomial, which LLVM would not unroll, and so not turn into vectors: gelu's pullback took 5 times as
+    long.
+    """
+    if curved(before, after):
+        return lambda rest, before, after: 0
+    return lambda rest, before, after: min(WIDTH, rest // (ROWS * LANES) * LANES)
 
 
 @PLAIN
@@ -145,8 +151,8 @@ def sums(x, pivot, mask, before):
     s = 0.0
     q = 0.0
     begin = 0
-    while width_of(x.size - begin):
-        width = width_of(x.size - begin)
+    while width_of(x.size - begin, before, before):
+        width = width_of(x.size - begin, before, before)
         ds, dq = block_sums(x, begin, width, pivot, mask, before)
         s += ds
         q += dq
@@ -229,8 +235,8 @@ def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, 
     s = 0.0
     q = 0.0
     begin = 0
-    while width_of(x.size - begin):
-        width = width_of(x.size - begin)
+    while width_of(x.size - begin, before, after):
+        width = width_of(x.size - begin, before, after)
         ds, dq = block_backward_sums(
             begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
         )
@@ -787,7 +793,7 @@ def plain_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
 @chosen
 def add_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     """The rows [r0, r1) of sample i, as far as they fill blocks; returns the first row that is left."""
-    return plain_blocks if isinstance(mask, types.NoneType) else no_blocks
+    return plain_blocks if isinstance(mask, types.NoneType) and not curved(before) else no_blocks
 
 
 @KERNEL
@@ -887,7 +893,7 @@ def plain_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, me
 @chosen
 def add_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean, scale, shift, before, after, s, q):
     """The rows [r0, r1) of sample i, as far as they fill blocks; returns the first row that is left."""
-    plain = all(isinstance(option, types.NoneType) for option in (wr, residual, mask))
+    plain = all(isinstance(option, types.NoneType) for option in (wr, residual, mask)) and not curved(before, after)
     return plain_backward_blocks if plain else no_backward_blocks
 
 
