@@ -30,6 +30,7 @@ import numpy as np
 from numba import njit, types
 
 from nbnorm_backends.numba_cpu.activations import activate, slope
+from nbnorm_backends.numba_cpu.cache import sealed
 from nbnorm_backends.numba_cpu.elements import (
     INNER,
     at_like,
@@ -50,7 +51,6 @@ from nbnorm_backends.numba_cpu.elements import (
 # "ninf" break them, "arcp" turns x / denormal into infinity.
 REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, **INNER)
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
-KERNEL = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
@@ -67,6 +67,12 @@ TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither los
 HUGE = 1e30  # means and scales below it, and above its reciprocal, leave float32 room
 EXTREME = 2.0**64  # data beyond that are scaled by it
 LARGEST = 3.4e38
+
+
+def KERNEL(function):
+    """Compile a function that is called from Python, and keep it on disk."""
+    kernel = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)(function)
+    return sealed(kernel, f"{function.__module__}.{function.__qualname__}")
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
