@@ -30,6 +30,7 @@ try:  # none of it is Numba's public API
     from numba.core.bytecode import FunctionIdentity
     from numba.core.caching import NullCache
     from numba.core.compiler import CompileResult
+    from numba.core.runtime.nrt import rtsys
 
     KNOWN = isinstance(FunctionIdentity._unique_ids, itertools.count) and {"_reduce", "_rebuild"} <= vars(
         CompileResult
@@ -122,10 +123,10 @@ class _Cache:
             log.debug("kernel cache: not saved: %s", self._function[0], exc_info=True)
 
     def _load(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()  # registers what the code may refer to
         content = store.read(self._key(sig, target_context.codegen()))
         if content is None:
             return None
+        rtsys.initialize(target_context)  # memory for arrays: all of Numba's runtime that kernels call
         found = CompileResult._rebuild(target_context, *pickle.loads(content))
         args, _ = sigutils.normalize_signature(sig)
         return found if tuple(found.signature.args) == tuple(args) else None
