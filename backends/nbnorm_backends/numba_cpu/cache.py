@@ -32,9 +32,10 @@ try:  # none of it is Numba's public API
     from numba.core.compiler import CompileResult
     from numba.core.runtime.nrt import rtsys
 
-    KNOWN = isinstance(FunctionIdentity._unique_ids, itertools.count) and {"_reduce", "_rebuild"} <= vars(
-        CompileResult
-    ).keys()
+    KNOWN = (
+        isinstance(FunctionIdentity._unique_ids, itertools.count)
+        and {"_reduce", "_rebuild"} <= vars(CompileResult).keys()
+    )
 except (ImportError, AttributeError):
     KNOWN = False
 

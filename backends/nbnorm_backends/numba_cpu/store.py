@@ -143,7 +143,7 @@ def _problem(found: os.stat_result, kind: str) -> str:
     if found.st_uid != os.geteuid():
         return f"belongs to user {found.st_uid} and not to {os.geteuid()}"
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others can write to (mode {mode:04o})"
+        return f"can be written to by others (mode {mode:04o})"
     return ""
 
 
