@@ -133,7 +133,7 @@ def test_version() -> None:
 
 
 def test_warmup_compiles_once_and_says_where(tmp_path: Path) -> None:
-    arguments = "warmup", "--op", "rms_norm", "--op", "layer_norm", "--dtype", "float32"
+    arguments = "warmup", "--op", "rms_norm", "--dtype", "float32"
     seconds = []
     for _ in range(2):
         done = nbnorm(*arguments, NBNORM_CACHE_DIR=str(tmp_path / "kernels"))
@@ -150,9 +150,8 @@ import numpy as np, nbnorm
 from numba.core import event
 event.register("numba:compile", type("Fail", (event.Listener,), {"on_start": print, "on_end": print})())
 x, w = np.ones((8, 5, 64), np.float32), np.ones(64, np.float32)
-for op, kwargs in ((nbnorm.layer_norm, {"bias": w}), (nbnorm.rms_norm, {})):
-    y, pullback = nbnorm.vjp(op, x, 64, weight=w, **kwargs, backend="numba")
-    pullback(y)
+y, pullback = nbnorm.vjp(nbnorm.rms_norm, x, 64, weight=w, backend="numba")
+pullback(y)
 """
     environment = INHERITED | {"NBNORM_CACHE_DIR": str(tmp_path / "kernels")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
@@ -173,10 +172,9 @@ def test_warmup_names_what_there_is(option: str, value: str, known: str) -> None
     assert done.stderr.rstrip().endswith(f"got '{value}'")
 
 
-def test_without_a_cache_warmup_and_info_say_so() -> None:
-    for command in (["info"], ["warmup", "--op", "rms_norm"]):
-        done = nbnorm(*command, NBNORM_CACHE_DIR="")
-        assert re.search("cache folder:? +none: kernels are compiled anew in each process\n", done.stdout)
+def test_info_without_a_cache_says_so() -> None:
+    lines = nbnorm("info", NBNORM_CACHE_DIR="").stdout.splitlines()
+    assert any(re.fullmatch("cache folder +none: kernels are compiled anew in each process", line) for line in lines)
 
 
 def test_info_names_versions_machine_and_folder() -> None:
