@@ -118,7 +118,9 @@ class _Cache:
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep a compiled signature, if that can be done."""
         try:
-            if self._saves and not data.lifted and not data.library.has_dynamic_globals:
+            if data.lifted or data.library.has_dynamic_globals:
+                log.debug("kernel cache: %s refers to objects of this process", self._function[0])
+            elif self._saves and store.folder():
                 store.write(self._key(sig, data.codegen), serialize.dumps(data._reduce()))
         except Exception:  # noqa: BLE001  it has been compiled, and works without
             log.debug("kernel cache: not saved: %s", self._function[0], exc_info=True)
@@ -166,7 +168,7 @@ def _is_setting(name: str) -> bool:
 
 def _versions() -> tuple[Any, ...]:
     packages = numba.__version__, llvmlite.__version__, np.__version__
-    return *packages, sys.implementation.name, sys.version_info[:2]
+    return *packages, sys.implementation.name, sys.version_info[:2], sys.abiflags
 
 
 @functools.cache
