@@ -32,8 +32,8 @@ import numpy as np
 
 import nbnorm
 from nbnorm.measure import compare
+from nbnorm.parallel import thread_count
 from nbnorm_backends.numba_cpu import limits
-from nbnorm_backends.numba_cpu.threads import thread_count
 
 Run = Callable[[], Any]
 EPS = 1e-5

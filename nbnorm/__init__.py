@@ -16,6 +16,7 @@ from nbnorm.errors import BackendError
 from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
 from nbnorm.operation import explain, vjp
 from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
+from nbnorm.parallel import threads
 from nbnorm.statistics import Moments
 from nbnorm.welford import Welford
 from nbnorm.whole import local_response_norm, normalize
@@ -51,6 +52,7 @@ __all__ = [
     "norm_dropout",
     "normalize",
     "rms_norm",
+    "threads",
     "trace",
     "use_backend",
     "vjp",

@@ -23,9 +23,9 @@ import nbnorm
 from nbnorm.demo import picture, training
 from nbnorm.dispatch import BUILT_IN_NAMES, BUILT_IN_ORDER, registry
 from nbnorm.errors import BackendError
+from nbnorm.parallel import available_threads, thread_count
 from nbnorm.warmup import DTYPES, NORMS, warm
 from nbnorm_backends.numba_cpu import store
-from nbnorm_backends.numba_cpu.threads import available_threads, thread_count
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 

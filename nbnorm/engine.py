@@ -519,9 +519,7 @@ class Pullback:
             (call.renorm is not None, "batch renormalization"),
         ):
             if present:
-                raise TypeError(
-                    f"pullback.vjp must be of a norm without an activation; {what} has no second derivatives"
-                )
+                raise TypeError(f"pullback.vjp must be of a norm alone; {what} has no second derivatives")
         view = self._checked(dy, "dy")
         return self._given_back(self._ran.gradients(view, None)), SecondPullback(self, view)
 
@@ -549,10 +547,11 @@ class Pullback:
         """Each gradient as its operand's kind and dtype."""
         if self._call.dropped is not None:
             found = found._replace(x=self._call.dropped(found.x))
-        grads = Grads._make(
-            None if operand is None else operand.wrap(np.asarray(gradient, operand.view.dtype))
-            for operand, gradient in zip(self._operands(), found, strict=True)
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            grads = Grads._make(
+                None if operand is None else operand.wrap(np.asarray(gradient, operand.view.dtype))
+                for operand, gradient in zip(self._operands(), found, strict=True)
+            )
         return grads if self._call.addend is None else grads._replace(residual=grads.x)
 
 

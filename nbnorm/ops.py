@@ -92,7 +92,8 @@ def batch_norm(
     Returns
     -------
     y : array
-        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+        Of x's kind, dtype and shape, and of its memory order unless x must be copied (`explain` tells);
+        ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -166,7 +167,8 @@ def instance_norm(
     Returns
     -------
     y : array
-        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+        Of x's kind, dtype and shape, and of its memory order unless x must be copied (`explain` tells);
+        ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -226,7 +228,8 @@ def group_norm(
     Returns
     -------
     y : array
-        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+        Of x's kind, dtype and shape, and of its memory order unless x must be copied (`explain` tells);
+        ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -290,7 +293,8 @@ def layer_norm(
     Returns
     -------
     y : array
-        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+        Of x's kind, dtype and shape, and of its memory order unless x must be copied (`explain` tells);
+        ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------
@@ -348,7 +352,8 @@ def rms_norm(
     Returns
     -------
     y : array
-        Of x's kind, dtype, shape and memory order; ``(y, Moments)`` with `return_moments`.
+        Of x's kind, dtype and shape, and of its memory order unless x must be copied (`explain` tells);
+        ``(y, Moments)`` with `return_moments`.
 
     Raises
     ------

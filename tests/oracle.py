@@ -113,7 +113,7 @@ def norm(
                 result.dx[index] = dx
                 size = abs(g)
                 if fixed is None:
-                    size = size + abs(g.mean()) * (op != "rms_norm") + abs(xhat[index] * (g * xhat[index]).mean())
+                    size = size + abs(g).mean() * (op != "rms_norm") + abs(xhat[index]) * abs(g * xhat[index]).mean()
                 dx_size[index] = size / root
         result.y = xhat * w + b
         result.y_size, result.dx_size = np.maximum(abs(xhat * w) + abs(b), 1), np.maximum(dx_size, 1)

@@ -3,21 +3,23 @@ of other people's programs; halves without F16C."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
-import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from numba import njit
 
 import nbnorm
 from nbnorm.dispatch import registry
 from nbnorm_backends.numba_cpu.pool import Pool, Prange
-from nbnorm_backends.numba_cpu.threads import thread_count
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 32, 29, 31)).astype("f4")
@@ -121,32 +123,37 @@ def test_an_interrupted_call_leaves_nobody_at_work() -> None:
     """KeyboardInterrupt reaches the caller only when no helper touches the arrays any more; nothing hangs."""
     printed = fresh_process(
         """
-        import _thread, signal, time
+        import _thread, ctypes, signal, time
+        from numba import njit
         from nbnorm_backends.numba_cpu.pool import Pool
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
-        pool, left = Pool(4), []
-        def kernel(chunk, state):
-            time.sleep(0.0005)
-            if state["over"]:
-                left.append(chunk)
+        usleep = ctypes.CDLL(None).usleep
+        usleep.argtypes = [ctypes.c_uint]
+        @njit(nogil=True)
+        def kernel(chunk, over, late):
+            usleep(500)
+            if over[0]:
+                late[chunk] = 1
+        pool, late = Pool(4), np.zeros(16, np.int64)
+        pool.run(kernel, 16, (np.zeros(1, np.int64), late), parallel=True)
         interrupted = 0
         for attempt in range(150):
-            state = {"over": False}
+            over = np.zeros(1, np.int64)
             timer = threading.Timer(0.0001 + 0.00005 * (attempt % 60), _thread.interrupt_main)
             try:
                 timer.start()
-                pool.run(kernel, 16, (state,), parallel=True)
+                pool.run(kernel, 16, (over, late), parallel=True)
                 timer.join()
                 time.sleep(0.001)
             except KeyboardInterrupt:
                 interrupted += 1
-            state["over"] = True
+            over[0] = 1
             timer.join()
-        pool.run(kernel, 16, ({"over": False},), parallel=True)
-        print(interrupted > 100, left)
+        pool.run(kernel, 16, (np.zeros(1, np.int64), late), parallel=True)
+        print(interrupted > 100, late.any())
         """
     )
-    assert printed == "True []"
+    assert printed == "True False"
 
 
 def test_many_threads_call_at_once() -> None:
@@ -156,51 +163,39 @@ def test_many_threads_call_at_once() -> None:
     assert all(same_bits(result, expected) for result in results)
 
 
+@njit(nogil=True)
+def count(chunk, bad, seen):  # type: ignore[no-untyped-def]  # compiled
+    if chunk == bad:
+        raise ZeroDivisionError("a bad chunk")
+    seen[chunk] += 1
+
+
 def test_an_error_in_a_chunk_reaches_the_caller_and_the_pool_lives_on() -> None:
     pool = Pool(3)
-    done: list[int] = []
-
-    def kernel(chunk: int, bad: int) -> None:
-        if chunk == bad:
-            raise ZeroDivisionError(f"chunk {chunk}")
-        done.append(chunk)
-
     for bad in (0, 5, 39):
-        with pytest.raises(ZeroDivisionError, match=f"chunk {bad}"):
-            pool.run(kernel, 40, (bad,), parallel=True)
-    done.clear()
-    pool.run(kernel, 40, (-1,), parallel=True)
-    assert sorted(done) == list(range(40))
+        with pytest.raises(ZeroDivisionError, match="a bad chunk"):
+            pool.run(count, 40, (bad, np.zeros(40, np.int64)), parallel=True)
+    seen = np.zeros(40, np.int64)
+    pool.run(count, 40, (-1, seen), parallel=True)
+    assert (seen == 1).all()
 
 
 def test_every_chunk_runs_once() -> None:
-    pool, lock = Pool(4), threading.Lock()
-    seen: list[int] = []
-
-    def kernel(chunk: int) -> None:
-        with lock:
-            seen.append(chunk)
-
-    for chunks in (1, 2, 3, 100):
+    pool = Pool(4)
+    for chunks in (1, 2, 3, 100, 10_000):
         for parallel in (True, False):
-            seen.clear()
-            pool.run(kernel, chunks, (), parallel=parallel)
-            assert sorted(seen) == list(range(chunks))
+            seen = np.zeros(chunks, np.int64)
+            pool.run(count, chunks, (-1, seen), parallel=parallel)
+            assert (seen == 1).all()
 
 
 def test_helpers_hold_no_arrays() -> None:
     """After a call the pool keeps no reference to the arrays it worked on."""
-    import gc
-    import time
-    import weakref
-
-    class Box:
-        pass
-
-    pool, box = Pool(2), Box()
-    gone = weakref.ref(box)
-    pool.run(lambda chunk, box: time.sleep(0.01), 8, (box,), parallel=True)
-    del box
+    pool, seen = Pool(2), np.zeros(1000, np.int64)
+    gone = weakref.ref(seen)
+    for _ in range(20):
+        pool.run(count, 1000, (-1, seen), parallel=True)
+    del seen
     deadline = time.monotonic() + 5
     while gone() is not None and time.monotonic() < deadline:
         gc.collect()
@@ -413,16 +408,6 @@ def test_wrong_settings_are_reported() -> None:
         printed = fresh_process("print(nbnorm.explain(nbnorm.batch_norm, x, training=True))", **{name: value})
         assert message in printed
         assert "float32: numpy" in printed
-
-
-def test_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = len(os.sched_getaffinity(0))
-    monkeypatch.delenv("NBNORM_NUM_THREADS", raising=False)
-    assert thread_count() == available
-    monkeypatch.setenv("NBNORM_NUM_THREADS", "1")
-    assert thread_count() == 1
-    monkeypatch.setenv("NBNORM_NUM_THREADS", "4096")
-    assert thread_count() == available
 
 
 def test_float16_without_f16c_is_refused_not_run() -> None:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved
 from nbnorm.dispatch import hold_over_fork
+from nbnorm.parallel import thread_count
 from nbnorm.statistics import Moments
 from nbnorm_backends.numba_cpu import columns, runs
 from nbnorm_backends.numba_cpu.elements import converts_float16
 from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
 from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
-from nbnorm_backends.numba_cpu.threads import thread_count
 from nbnorm_backends.numba_cpu.whole import WholeOps
 
 Array = NDArray[Any]

@@ -61,11 +61,12 @@ WIDTH = 512  # columns of a block of a run, at most
 LANES = 16  # of float32 in a vector
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
 FEW = 128  # groups of fewer are summed in float64: with many elements rounding errors cancel
-NEAR = 8  # elements whose mean is the pivot; a power of two, by which sums are divided exactly
-POOR_PIVOT = 8.0  # redo about the mean when (sum of deviations)^2 > 8 * n * m2: beyond it a digit is lost
+NEAR = 32  # elements whose mean is the pivot of float32 sums
+NEAR_PIVOT = 0.25  # float32 sums are trusted where (sum of deviations)^2 <= n * m2 / 4: beyond it errors are amplified
+POOR_PIVOT = 8.0  # float64 sums are done again about the mean where it is > 8 * n * m2: beyond it a digit is lost
 TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
-HUGE = 1e30  # means and scales below it, and above its reciprocal, leave float32 room
-EXTREME = 2.0**64  # data beyond that are scaled by it
+MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
+TOP = 2.0**126
 LARGEST = 3.4e38
 
 
@@ -337,42 +338,41 @@ def group_size(x):
     return np.float64(x.shape[1] * x.shape[3] * x.shape[4])
 
 
-@chosen
-def rounded(x, value):
-    return (lambda x, value: value) if x.dtype == types.float64 else lambda x, value: np.float64(np.float32(value))
+def first_of(mask, before, x, first):
+    return activate(before, x, load(x, first))
 
 
-@PLAIN
-def pivot_of(before, x):
-    """The mean of the first elements, rounded to the type that x is computed in.
-
-    It is nearer to the mean of all than one element is, so less is lost to rounding, and fewer groups are summed again
-    (of normal data one in 200 about one element). Equal values give that value, exactly.
-    """
-    count = NEAR if x.size >= NEAR else 1
+def mean_of_first(mask, before, x, first):
+    count = 0.0
     total = 0.0
-    for i in range(count):
-        total += activate(before, x, load(x, i))
-    return rounded(x, total / count)
+    for i in range(first, min(first + NEAR, x.size)):
+        count += keep(mask, i, 1.0)
+        total += keep(mask, i, activate(before, x, load(x, i)))
+    return np.float64(np.float32(total / count))
 
 
-@optional(lambda mask, constant, before, x, i, j: (group_size(x), pivot_of(before, x[i, 0, j, 0])))
-def group_start(mask, constant, before, x, i, j):
-    """(elements that count, a pivot) of the group (n, g) = (i, j).
+@chosen
+def pivot_of(mask, before, x, first):
+    """A number near the elements of a run, of which `first` counts; of equal values that value, exactly.
 
-    Under a mask the pivot is the first element that counts, or as without a mask where the first ones all do: a row
-    that is valid throughout has the same bits under a mask and without.
+    For float64 it is the first. For float32 sums it is the mean of the first ones, which is nearer to that of all: less
+    is lost to rounding, and of normal data one group in 200 is summed again.
     """
+    return first_of if x.dtype == types.float64 else mean_of_first
+
+
+@optional(lambda mask, constant, before, x, i, j: (group_size(x), pivot_of(None, before, x[i, 0, j, 0], 0)))
+def group_start(mask, constant, before, x, i, j):
+    """(elements that count, a pivot) of the group (n, g) = (i, j). Where all are valid, the same as without a mask."""
     count = 0
     pivot = 0.0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            found, first = valid_in(mask_run(mask, constant, i, k, j, m))
+            valid = mask_run(mask, constant, i, k, j, m)
+            found, first = valid_in(valid)
             if count == 0 and found:
-                pivot = activate(before, x[i, k, j, m], load(x[i, k, j, m], first))
+                pivot = pivot_of(valid, before, x[i, k, j, m], first)
             count += found
-    if valid_in(mask_run(mask, constant, i, 0, j, 0)[:NEAR])[0] == min(NEAR, x.shape[4]):
-        pivot = pivot_of(before, x[i, 0, j, 0])
     return np.float64(count), pivot
 
 
@@ -400,7 +400,7 @@ def narrow_sums(x, mask, constant, before, i, j, pivot, n, center):
         return 0.0, 0.0, False
     s, q = group_sums(x, mask, constant, before, i, j, np.float32(pivot))
     m2 = q - s * s / n if center else q
-    near = not center or s * s <= POOR_PIVOT * n * m2
+    near = not center or s * s <= NEAR_PIVOT * n * m2
     return s, q, near and TRUSTED[0] < m2 < TRUSTED[1]
 
 
@@ -436,12 +436,39 @@ def group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stat
 
 
 @PLAIN
+def power_of_two(size):
+    """1 for a moderate number, else the power of two next to it, as far as float32 has one."""
+    if 1.0 / MODERATE <= size <= MODERATE or not 0.0 < size < np.inf:
+        return 1.0
+    return min(max(2.0 ** np.rint(np.log2(size)), 1.0 / TOP), TOP)
+
+
+@PLAIN
 def power_for(mean, scale):
-    """The power of two by which x is multiplied so that it, the mean and what is left of the scale suit float32."""
-    size = abs(scale)
-    if abs(mean) > HUGE or 0.0 < size < 1.0 / HUGE:
-        return 1.0 / EXTREME
-    return EXTREME if size > HUGE else 1.0
+    """The power of two by which x is multiplied so that differences from the mean become about 1, and what is left of
+    the scale too; less where the mean would overflow."""
+    power = power_of_two(abs(scale))
+    if abs(mean) * power > TOP:
+        power = 2.0 ** np.floor(np.log2(TOP / abs(mean)))
+    return power
+
+
+@PLAIN
+def clamped(value):
+    """A finite number as a finite float32: a difference of 0 times an infinite scale would be NaN."""
+    return np.copysign(LARGEST, value) if LARGEST < abs(value) < np.inf else value
+
+
+@PLAIN
+def high_of(mean):
+    """The float32 next to the mean, as a float64."""
+    return np.float64(np.float32(clamped(mean)))
+
+
+@PLAIN
+def low_of(mean, high, scale):
+    """What is left of the mean, times the scale."""
+    return (high - mean) * scale if abs(scale) < np.inf else 0.0
 
 
 def double_terms(x, mean, scale):
@@ -450,11 +477,8 @@ def double_terms(x, mean, scale):
 
 def single_terms(x, mean, scale):
     power = power_for(mean, scale)
-    high = np.float64(np.float32(mean))
-    rest = scale / power
-    if LARGEST < abs(rest) < np.inf:
-        rest = np.copysign(LARGEST, rest)
-    return np.float32(power), np.float32(high * power), np.float32(rest), (high - mean) * scale
+    high = high_of(mean)
+    return np.float32(power), np.float32(high * power), np.float32(clamped(scale / power)), low_of(mean, high, scale)
 
 
 @chosen
@@ -468,12 +492,7 @@ def double_gains(x, rstd, scale, low, k1, k2):
 
 
 def single_gains(x, rstd, scale, low, k1, k2):
-    lift = 1.0
-    if 0.0 < rstd < 1.0 / HUGE:
-        lift = 1.0 / EXTREME
-    elif rstd > HUGE:
-        lift = EXTREME
-    lift *= lift  # a product of two factors of that size is lifted
+    lift = power_of_two(rstd)
     gain = rstd / lift
     return np.float32(gain), np.float32(-(k1 + low * k2) * gain), np.float32(-scale * k2 * gain), np.float32(lift)
 
@@ -481,7 +500,8 @@ def single_gains(x, rstd, scale, low, k1, k2):
 @chosen
 def gains(x, rstd, scale, low, k1, k2):
     """(gain, k1, k2, lift), with which `backward_affine` computes rstd * (t * w - k1 - xhat * k2) in the type for x,
-    where xhat = d * scale + low."""
+    where xhat = d * scale + low. An extreme rstd is applied last, as a power of two, so that the difference stays in
+    range."""
     return double_gains if x.dtype == types.float64 else single_gains
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from nbnorm.parallel import thread_count
 from nbnorm_backends.numba_cpu.elements import LINE, plus, put
 from nbnorm_backends.numba_cpu.kernels import slice_of
 from nbnorm_backends.numba_cpu.pool import Pool
-from nbnorm_backends.numba_cpu.threads import thread_count
 
 Array = NDArray[Any]
 CHUNK = 65536  # elements, as in a norm

@@ -7,10 +7,11 @@ caller always works, and helpers only claim chunks that nobody has begun.
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,8 +20,14 @@ import numpy as np
 from numba import njit, prange
 
 from nbnorm.dispatch import registry
+from nbnorm.parallel import thread_limit
+from nbnorm_backends.numba_cpu import atomics
 
 Kernel = Callable[..., None]
+# Counters of a job, each on a cache line of its own.
+CLAIMED, JOINED, LEFT, CLOSED, COUNTERS = 0, 8, 16, 24, 32
+SPINS = 1000  # pauses (about 40 cycles each) before a thread that waits sleeps: 10 us, a fraction of what waking costs
+NAP = 5e-5  # seconds
 
 
 class Scheduler(Protocol):
@@ -31,35 +38,59 @@ class Scheduler(Protocol):
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None: ...
 
 
-class _Job:
-    """The chunks of one call. Claiming is ``next`` on one counter, which the GIL makes atomic.
+_workers: dict[Kernel, Callable[..., None]] = {}
 
-    The caller ends the job: it waits for the helpers that have joined, not for a count of chunks, which an interrupt
-    between a claim and its kernel would leave short for ever.
+
+def worker(kernel: Kernel) -> Callable[..., None]:
+    """``work(counters, chunks, *args)``: compiled, claims chunks and runs the kernel on them until none is left."""
+    found = _workers.get(kernel)
+    if found is None:
+        # Spelled out: Numba takes 50 us to call a function of *args, and 2 us for as many that have names.
+        body = (
+            "while True:\n"
+            "    chunk = add(counters, CLAIMED, 1)\n"
+            "    if chunk >= chunks:\n"
+            "        break\n"
+            "    kernel(chunk{args})\n"
+            "fence()\n"
+        )
+        found = _workers.setdefault(kernel, _compiled("counters, chunks", body, kernel, nogil=True))
+    return found
+
+
+def _compiled(first: str, body: str, kernel: Any, **flags: Any) -> Callable[..., None]:
+    """A function of `first` and all arguments of the kernel but the chunk."""
+    args = "".join(f", {name}" for name in list(inspect.signature(kernel.py_func).parameters)[1:])
+    lines = body.format(args=args).replace("\n", "\n    ")
+    names: dict[str, Any] = {"kernel": kernel, "add": atomics.add, "fence": atomics.fence, "CLAIMED": CLAIMED}
+    names |= {"prange": prange, "int64": np.int64}
+    exec(f"def work({first}{args}):\n    {lines}", names)
+    compiled: Callable[..., None] = njit(error_model="numpy", no_cfunc_wrapper=True, **flags)(names["work"])
+    return compiled
+
+
+class _Job:
+    """The chunks of one call. Claiming is an atomic addition, and so is joining and leaving.
+
+    The caller ends the job: it waits for the helpers that have joined, not for a count of chunks, which an error in a
+    chunk, or an interrupt between two, would leave short for ever.
     """
 
-    def __init__(self, kernel: Kernel, chunks: int, args: tuple[Any, ...]) -> None:
-        self._kernel, self._chunks, self._args = kernel, chunks, args
-        self._claims = itertools.count()
-        self._changed = threading.Condition()
-        self._helpers = 0
-        self._closed = False
+    def __init__(self, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
+        self._counters = np.zeros(COUNTERS, np.int64)
+        self._call = work, chunks, args
         self._error: BaseException | None = None
 
     def help(self) -> None:
         """Join, unless the caller has closed the job already; what a chunk raises is the caller's."""
-        with self._changed:
-            if self._closed:
-                return
-            self._helpers += 1
+        atomics.increase(self._counters, JOINED, 1)  # before CLOSED is read: the caller sees the one or we the other
         try:
-            self._work()
+            if not self._counters[CLOSED]:
+                self._work()
         except BaseException as error:  # noqa: BLE001  the helper must live on, and the caller shall see it
             self._error = error
         finally:
-            with self._changed:
-                self._helpers -= 1
-                self._changed.notify()
+            atomics.increase(self._counters, LEFT, 1)
 
     def run(self) -> None:
         """Work, then wait until no helper touches the arrays any more, even when interrupted; raise what was raised."""
@@ -77,16 +108,23 @@ class _Job:
             raise self._error
 
     def _work(self) -> None:
-        """Claim and run chunks until none is left or one has failed."""
-        for chunk in self._claims:
-            if chunk >= self._chunks or self._error is not None:
-                return
-            self._kernel(chunk, *self._args)
+        """Claim and run chunks until none is left; after an error nobody finds one."""
+        work, chunks, args = self._call
+        try:
+            work(self._counters, chunks, *args)
+        except BaseException:
+            atomics.increase(self._counters, CLAIMED, chunks)
+            raise
 
     def _close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: not self._helpers)
+        """Wait for the helpers: spin, as they are nearly done, then nap."""
+        counters = self._counters
+        atomics.increase(counters, CLOSED, 1)
+        spins = SPINS
+        while (left := int(counters[LEFT])) != counters[JOINED]:
+            if atomics.wait_while(counters, LEFT, left, spins):
+                time.sleep(NAP)
+                spins = 1
 
 
 class Pool:
@@ -100,19 +138,21 @@ class Pool:
 
     def _reset(self) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._bell = np.zeros(1, np.int64)  # rings when a job is there
         self._helpers = 0
         self._lock = threading.Lock()
 
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None:
         """Run ``kernel(chunk, *args)`` for every chunk; raises what a chunk raised, after all have ended."""
-        threads = min(self.threads, chunks) if parallel else 1
+        work = worker(kernel)
+        threads = min(thread_limit(self.threads), chunks) if parallel else 1
         if threads <= 1:
-            for chunk in range(chunks):
-                kernel(chunk, *args)
+            work(np.zeros(1, np.int64), chunks, *args)
             return
-        job = _Job(kernel, chunks, args)
+        job = _Job(work, chunks, args)
         for _ in range(min(threads - 1, self._started(threads - 1))):
             self._jobs.put(job)
+        atomics.increase(self._bell, 0, 1)
         job.run()
 
     def _started(self, wanted: int) -> int:
@@ -120,7 +160,8 @@ class Pool:
         if self._helpers < wanted:
             with self._lock:
                 while self._helpers < wanted:
-                    helper = threading.Thread(target=_help, args=(self._jobs,), name="nbnorm", daemon=True)
+                    mine = self._jobs, self._bell
+                    helper = threading.Thread(target=_help, args=mine, name="nbnorm", daemon=True)
                     try:
                         helper.start()
                     except RuntimeError:  # no more threads, or the interpreter is ending: the caller does the work
@@ -129,11 +170,14 @@ class Pool:
         return self._helpers
 
 
-def _help(jobs: queue.SimpleQueue[_Job]) -> None:
+def _help(jobs: queue.SimpleQueue[_Job], bell: Any) -> None:
     while True:
         job = jobs.get()
+        rung = int(bell[0])
         job.help()
         del job  # its arrays must not live on while this thread waits for the next
+        if jobs.empty():
+            atomics.wait_while(bell, 0, rung, SPINS)  # the next phase of the same call is often there in a moment
 
 
 class Prange:
@@ -144,7 +188,7 @@ class Prange:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._drivers: dict[Kernel, Callable[[int, tuple[Any, ...]], None]] = {}
+        self._drivers: dict[Kernel, Callable[..., None]] = {}
         self._layer = ""
 
     def refusal(self) -> str | None:
@@ -168,25 +212,21 @@ class Prange:
         """Run ``kernel(chunk, *args)`` for every chunk; one by one where the call is small, or prange must not run:
         a pullback made before a fork may be called in the child."""
         if not parallel or chunks == 1 or self.refusal() is not None:
-            for chunk in range(chunks):
-                kernel(chunk, *args)
+            worker(kernel)(np.zeros(1, np.int64), chunks, *args)
             return
         driver = self._drivers.get(kernel) or self._drivers.setdefault(kernel, _driver(kernel))
         before = numba.get_num_threads()
-        numba.set_num_threads(min(self.threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(thread_limit(self.threads), numba.config.NUMBA_NUM_THREADS))
         try:
-            driver(chunks, args)
+            driver(chunks, *args)
         finally:
             numba.set_num_threads(before)
 
 
-def _driver(kernel: Kernel) -> Callable[[int, tuple[Any, ...]], None]:
-    def drive(chunks: int, args: tuple[Any, ...]) -> None:
-        for chunk in prange(chunks):
-            kernel(np.int64(chunk), *args)  # prange counts in uint64, for which the kernel would be compiled anew
-
-    compiled: Callable[[int, tuple[Any, ...]], None] = njit(parallel=True, nogil=True)(drive)
-    return compiled
+def _driver(kernel: Kernel) -> Callable[..., None]:
+    # prange counts in uint64, for which the kernel would be compiled anew
+    body = "for chunk in prange(chunks):\n    kernel(int64(chunk){args})\nfence()\n"
+    return _compiled("chunks", body, kernel, nogil=True, parallel=True)
 
 
 @njit(parallel=True)

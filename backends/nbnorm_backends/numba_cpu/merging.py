@@ -1,0 +1,209 @@
+"""What lies between two passes over columns: their sums become statistics, and statistics the terms of each column.
+
+Columns (n, w) are (n, k, g, c): k rows folded into one, g groups, c columns of each. Statistics are (5, n*g), as for
+runs. weight and bias are (g*c,), float64; empty where there are none, or where they lie along r. In NumPy each of these
+steps was a dozen calls, and the steps together took longer than the passes over an array of half a megabyte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbnorm_backends.numba_cpu.kernels import (
+    COUNT,
+    K1,
+    K2,
+    KERNEL,
+    M2,
+    MEAN,
+    NEAR_PIVOT,
+    PLAIN,
+    POOR_PIVOT,
+    RESIDUAL,
+    RSTD,
+    TRUSTED,
+    clamped,
+    high_of,
+    low_of,
+    power_for,
+    power_of_two,
+)
+
+
+@PLAIN
+def add_to(row, total):
+    for j in range(row.size):
+        total[j] += row[j]
+
+
+@KERNEL
+def merge_shares(part, sums):
+    """sums (a, n, w) = part (a, n, shares, w), summed over the shares in their order."""
+    for a in range(part.shape[0]):
+        for i in range(part.shape[1]):
+            sums[a, i] = 0.0
+            for share in range(part.shape[2]):
+                add_to(part[a, i, share], sums[a, i])
+
+
+@PLAIN
+def count_of(sums, rows, i, j):
+    """Elements of a column: a third plane of the sums has them under a mask."""
+    return sums[2, i, j] if sums.shape[0] > 2 else rows
+
+
+@KERNEL
+def doubt(sums, rows, center, narrow, pivot, doubted):
+    """Mark the columns (n, w) whose sums cannot be trusted, move their pivot to the mean, and return how many they are;
+    `narrow` says that float32 was summed."""
+    found = 0
+    for i in range(pivot.shape[0]):
+        for j in range(pivot.shape[1]):
+            n = count_of(sums, rows, i, j)
+            s, q = sums[0, i, j], sums[1, i, j]
+            m2 = q - s * s / n if center else q
+            near = not center or s * s <= (NEAR_PIVOT if narrow else POOR_PIVOT) * n * m2
+            doubted[i, j] = n > 0.0 and not (near and (not narrow or TRUSTED[0] < m2 < TRUSTED[1]))
+            if doubted[i, j]:
+                found += 1
+                if center and np.isfinite(s) and not s * s <= POOR_PIVOT * n * m2:
+                    pivot[i, j] += s / n
+    return found
+
+
+@KERNEL
+def replace(sums, again, doubted):
+    """The second sums where the first are doubted. A column's bits do not depend on its neighbours."""
+    for i in range(doubted.shape[0]):
+        for j in range(doubted.shape[1]):
+            if doubted[i, j]:
+                sums[0, i, j] = again[0, i, j]
+                sums[1, i, j] = again[1, i, j]
+
+
+@PLAIN
+def group_statistics(sums, rows, pivot, i, a, g, c, center, eps, p, stats):
+    """The columns of group a of sample i as one: each one's mean weighs as its count, and their spread joins m2."""
+    folds = pivot.shape[1] // (g * c)
+    total = 0.0
+    weighed = 0.0
+    origin = 0.0
+    for k in range(folds):
+        for j in range((k * g + a) * c, (k * g + a + 1) * c):
+            n = count_of(sums, rows, i, j)
+            if n > 0.0:
+                origin = pivot[i, j] if total == 0.0 else origin
+                total += n
+                weighed += ((pivot[i, j] - origin) + sums[0, i, j] / n) * n
+    stats[COUNT, p] = total
+    if total == 0.0:
+        stats[:, p] = 0.0
+        return
+    step = weighed / total if center else 0.0
+    m2 = 0.0
+    for k in range(folds):
+        for j in range((k * g + a) * c, (k * g + a + 1) * c):
+            n = count_of(sums, rows, i, j)
+            if n > 0.0:
+                s, q = sums[0, i, j], sums[1, i, j]
+                offset = ((pivot[i, j] - origin) + s / n) - step
+                m2 += (q - s * s / n) + n * offset * offset if center else q
+    mean = origin + step
+    stats[MEAN, p] = mean
+    stats[RESIDUAL, p] = (origin - mean) + step
+    stats[M2, p] = 0.0 if m2 < 0.0 else m2  # rounding only; NaN stays NaN
+    stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] / total + eps)
+
+
+@KERNEL
+def columns_statistics(sums, rows, pivot, g, c, center, eps, stats):
+    """stats (5, n*g) from the sums of columns about their pivots (n, w)."""
+    for i in range(pivot.shape[0]):
+        for a in range(g):
+            group_statistics(sums, rows, pivot, i, a, g, c, center, eps, i * g + a, stats)
+
+
+@PLAIN
+def reduced(mean, scale, single):
+    """(power, high): what x is multiplied by, and the mean as it is taken from x; see `kernels.terms`."""
+    return (power_for(mean, scale), high_of(mean)) if single else (1.0, mean)
+
+
+@KERNEL
+def columns_terms(stats, g, c, weight, bias, single, power, mean, scale, shift):
+    """What `kernels.affine` takes of each column (n, w): (u * power - mean) * scale + shift. Returns whether a power is
+    not 1."""
+    extreme = False
+    for i in range(scale.shape[0]):
+        j = 0
+        while j < scale.shape[1]:
+            for channel in range(g * c):
+                p = i * g + channel // c
+                m, r = stats[MEAN, p], stats[RSTD, p]
+                factor = r * weight[channel] if weight.size else r
+                f, high = reduced(m, factor, single)
+                power[i, j] = f
+                mean[i, j] = high * f
+                scale[i, j] = clamped(factor / f) if single else factor
+                shift[i, j] = (bias[channel] if bias.size else 0.0) + low_of(m, high, factor)
+                extreme |= f != 1.0
+                j += 1
+    return extreme
+
+
+@KERNEL
+def sums_of_xhat(sums, stats, g, c, weight, single):
+    """sums[1], which is sum(t * d) of each column (n, w), as sum(t * xhat)."""
+    for i in range(sums.shape[1]):
+        j = 0
+        while j < sums.shape[2]:
+            for channel in range(g * c):
+                p = i * g + channel // c
+                m, r = stats[MEAN, p], stats[RSTD, p]
+                f, high = reduced(m, r * weight[channel] if weight.size else r, single)
+                sums[1, i, j] = sums[1, i, j] * (r / f) + low_of(m, high, r) * sums[0, i, j]
+                j += 1
+
+
+@KERNEL
+def columns_gradients(sums, stats, g, c, weight, center, fixed, coefficients, dparams):
+    """coefficients (2, n*g), and the gradients of weight and bias, dparams (2, g*c), from sum(t), sum(t * xhat)."""
+    coefficients[:] = 0.0
+    dparams[:] = 0.0
+    for i in range(sums.shape[1]):
+        j = 0
+        while j < sums.shape[2]:
+            for channel in range(g * c):
+                p = i * g + channel // c
+                w = weight[channel] if weight.size else 1.0
+                coefficients[K1, p] += sums[0, i, j] * w
+                coefficients[K2, p] += sums[1, i, j] * w
+                dparams[0, channel] += sums[1, i, j]
+                dparams[1, channel] += sums[0, i, j]
+                j += 1
+    for p in range(coefficients.shape[1]):
+        n = stats[COUNT, p]
+        coefficients[K1, p] = coefficients[K1, p] / n if center and not fixed and n else 0.0
+        coefficients[K2, p] = coefficients[K2, p] / n if not fixed and n else 0.0
+
+
+@KERNEL
+def columns_gains(stats, g, c, weight, coefficients, single, gain, k1, k2, lift):
+    """What `kernels.backward_affine` takes of each column (n, w), as `kernels.gains`; whether a lift is not 1."""
+    extreme = False
+    for i in range(gain.shape[0]):
+        j = 0
+        while j < gain.shape[1]:
+            for channel in range(g * c):
+                p = i * g + channel // c
+                m, r, w = stats[MEAN, p], stats[RSTD, p], weight[channel] if weight.size else 1.0
+                f, high = reduced(m, r * w, single)
+                up = power_of_two(r) if single else 1.0
+                own = r / up
+                gain[i, j] = own * w
+                k1[i, j] = -(coefficients[K1, p] + low_of(m, high, r) * coefficients[K2, p]) * own
+                k2[i, j] = -(r / f) * coefficients[K2, p] * own
+                lift[i, j] = up
+                extreme |= up != 1.0
+                j += 1
+    return extreme
