@@ -6,7 +6,7 @@ import sys
 
 from nbnorm.errors import BackendError
 
-EXTRAS = ("typer", "rich", "platformdirs")
+EXTRAS = ("typer", "rich")
 
 
 def main() -> None:

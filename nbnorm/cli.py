@@ -1,10 +1,13 @@
-"""The `nbnorm` command: `nbnorm demo` and `nbnorm info`."""
+"""The `nbnorm` command: `nbnorm demo`, `nbnorm info` and `nbnorm warmup`."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +15,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
@@ -22,6 +24,8 @@ from nbnorm.demo import picture, training
 from nbnorm.dispatch import BUILT_IN_NAMES, BUILT_IN_ORDER, registry
 from nbnorm.errors import BackendError
 from nbnorm.parallel import available_threads, thread_count
+from nbnorm.warmup import DTYPES, NORMS, warm
+from nbnorm_backends.numba_cpu import store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -89,6 +93,42 @@ def _results(report: training.Report) -> Table:
     return table
 
 
+# ---- nbnorm warmup ---------------------------------------------------------------------------------------------------
+
+
+def _check_each(known: Collection[str]) -> Callable[[list[str]], list[str]]:
+    def check(names: list[str]) -> list[str]:
+        for name in names:
+            if name not in known:
+                raise typer.BadParameter(f"must be one of {', '.join(known)}; got {name!r}")
+        return names
+
+    return check
+
+
+@app.command()
+def warmup(
+    op: Annotated[
+        list[str], typer.Option(callback=_check_each(NORMS), help="A norm, repeatable.", show_default="all five")
+    ] = list(NORMS),  # noqa: B006  typer copies it
+    dtype: Annotated[
+        list[str], typer.Option(callback=_check_each(DTYPES), help="A dtype, repeatable.", show_default="float32")
+    ] = ["float32"],  # noqa: B006
+) -> None:
+    """Compile the Numba kernels of norms and their gradients, or load them, so that later processes load them."""
+    console = _console()
+    begin = time.perf_counter()
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(op) * len(dtype))
+        for name, scalar in itertools.product(op, dtype):
+            progress.update(task, description=f"{name}, {scalar}")
+            warm(name, scalar)
+            progress.advance(task)
+    console.print(f"ready after {time.perf_counter() - begin:.1f} s")
+    console.print(f"cache folder: {_cache()}", soft_wrap=True)
+
+
 # ---- nbnorm info -----------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +150,7 @@ def _facts() -> dict[str, str]:
         **{package: _version(package) for package in ("numpy", "numba", "scipy")},
         "processor": _processor(),
         "threads": _threads(),
-        "cache folder": f"{user_cache_dir('nbnorm')} (not used yet: kernels are compiled anew in each process)",
+        "cache folder": _cache(),
         "dispatch": _dispatch(),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NBNORM_")},
     }
@@ -136,6 +176,14 @@ def _threads() -> str:
         return f"{thread_count()} of {available_threads()} usable"
     except ValueError as error:
         return str(error)
+
+
+def _cache() -> str:
+    folder = store.folder()
+    if folder is None:
+        return "none: kernels are compiled anew in each process"
+    files, size = store.usage()
+    return f"{folder} ({files} kernels, {size / 1e6:.1f} MB)"
 
 
 def _dispatch() -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections import Counter
 
 import pytest
@@ -12,6 +15,13 @@ BACKENDS = ("numpy", "numba")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", action="append", choices=BACKENDS, help="run on this backend only (repeatable)")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels are kept for this run only, in a folder of its own: what one process compiles the others load."""
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit the variable
+        os.environ["NBNORM_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="nbnorm-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

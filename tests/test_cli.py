@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from platformdirs import user_cache_dir
 
-INHERITED = {name: value for name, value in os.environ.items() if not name.startswith("NBNORM_")}
+INHERITED = {
+    name: value for name, value in os.environ.items() if name == "NBNORM_CACHE_DIR" or not name.startswith("NBNORM_")
+}
 # None in sys.modules is Python's own way to say that a module cannot be imported.
 HIDE = "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')))\n"
 RUN = "from nbnorm.__main__ import main; main()"
@@ -100,7 +101,7 @@ def test_demo_refuses_bad_options(option: str, value: str, message: str) -> None
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("absent", ["typer", "rich", "platformdirs"])
+@pytest.mark.parametrize("absent", ["typer", "rich"])
 def test_without_the_cli_extra_one_line_names_it(absent: str) -> None:
     done = nbnorm("--help", hide=absent)
     assert (done.returncode, done.stdout) == (1, "")
@@ -113,7 +114,9 @@ def test_without_matplotlib_the_demo_names_its_extra_before_training() -> None:
     assert done.stderr == 'nbnorm: the demo needs matplotlib: pip install "nbnorm[demo]"\n'
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"], ["demo", "--epochs", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["demo", "--help"], ["demo", "--epochs", "0"], ["warmup", "--op", "a"]]
+)
 def test_numba_and_the_frameworks_stay_unimported(arguments: list[str]) -> None:
     report = """
 import atexit
@@ -129,6 +132,51 @@ def test_version() -> None:
     assert nbnorm("--version").stdout == f"nbnorm {version('nbnorm')}\n"
 
 
+def test_warmup_compiles_once_and_says_where(tmp_path: Path) -> None:
+    arguments = "warmup", "--op", "rms_norm", "--dtype", "float32"
+    seconds = []
+    for _ in range(2):
+        done = nbnorm(*arguments, NBNORM_CACHE_DIR=str(tmp_path / "kernels"))
+        assert done.returncode == 0, done.stderr
+        found = re.search(
+            r"ready after (\d+\.\d) s\ncache folder: (.*) \(([1-9]\d*) kernels, \d\.\d MB\)\n", done.stdout
+        )
+        assert found[2] == str(tmp_path / "kernels")
+        assert int(found[3]) == len(list((tmp_path / "kernels").iterdir()))
+        seconds.append(float(found[1]))
+    assert seconds[1] < seconds[0] / 2
+    program = """
+import numpy as np, nbnorm
+from numba.core import event
+event.register("numba:compile", type("Fail", (event.Listener,), {"on_start": print, "on_end": print})())
+x, w = np.ones((8, 5, 64), np.float32), np.ones(64, np.float32)
+y, pullback = nbnorm.vjp(nbnorm.rms_norm, x, 64, weight=w, backend="numba")
+pullback(y)
+"""
+    environment = INHERITED | {"NBNORM_CACHE_DIR": str(tmp_path / "kernels")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--op", "layernorm", "batch_norm, layer_norm, group_norm, instance_norm, rms_norm"),
+        ("--dtype", "int8", "float32"),
+    ],
+)
+def test_warmup_names_what_there_is(option: str, value: str, known: str) -> None:
+    done = nbnorm("warmup", option, value)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"Invalid value for '{option}': must be one of {known}" in done.stderr
+    assert done.stderr.rstrip().endswith(f"got '{value}'")
+
+
+def test_info_without_a_cache_says_so() -> None:
+    lines = nbnorm("info", NBNORM_CACHE_DIR="").stdout.splitlines()
+    assert any(re.fullmatch("cache folder +none: kernels are compiled anew in each process", line) for line in lines)
+
+
 def test_info_names_versions_machine_and_folder() -> None:
     done = nbnorm("info", NBNORM_DISABLE_PLUGINS="1")
     assert done.returncode == 0, done.stderr
@@ -139,7 +187,7 @@ def test_info_names_versions_machine_and_folder() -> None:
     assert facts["processor"]
     available = len(os.sched_getaffinity(0))
     assert facts["threads"] == f"{available} of {available} usable"
-    assert facts["cache folder"].startswith(f"{user_cache_dir('nbnorm')} (not used yet")
+    assert re.fullmatch(rf"{os.environ['NBNORM_CACHE_DIR']} \(\d+ kernels, \d+\.\d MB\)", facts["cache folder"])
     assert facts["dispatch"].startswith("batch_norm on cpu, float32: numba")
     assert facts["NBNORM_DISABLE_PLUGINS"] == "1"
 

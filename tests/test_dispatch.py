@@ -112,7 +112,11 @@ def reasons(name: str) -> list[str]:
 
 def fresh_process(code: str, folder: Path | None = None, **environment: str) -> list[str]:
     """The lines that `code` prints in a process of its own, without the NBNORM_ variables of this one."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NBNORM_")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "NBNORM_CACHE_DIR" or not name.startswith("NBNORM_")
+    }
     if folder is not None:
         path = [str(folder), *filter(None, [inherited.get("PYTHONPATH")])]
         inherited["PYTHONPATH"] = os.pathsep.join(path)

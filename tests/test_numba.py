@@ -221,7 +221,11 @@ def in_child():
 
 
 def fresh_process(code: str, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NBNORM_")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "NBNORM_CACHE_DIR" or not name.startswith("NBNORM_")
+    }
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(code)]
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -304,7 +308,8 @@ def test_fork_while_another_thread_compiles() -> None:
             codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         thread.join()
         print(set(codes))
-        """
+        """,
+        NBNORM_CACHE_DIR="",
     )
     assert printed == "{0}"
 

@@ -47,7 +47,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
     beneath = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
     (packages / "beneath.pth").write_text("".join(beneath))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NBNORM_")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "NBNORM_CACHE_DIR" or not name.startswith("NBNORM_")
+    }
 
     def call(*arguments: str | Path, **environment: str) -> list[str]:
         command = [home / "bin" / "python", *arguments]

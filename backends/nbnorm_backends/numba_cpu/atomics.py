@@ -10,6 +10,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nbnorm_backends.numba_cpu.cache import sealed
+
 ORDER = "seq_cst"
 
 
@@ -62,17 +64,19 @@ def _pointer(context: Any, builder: Any, counters: Any, value: Any, index: Any) 
     return cgutils.get_item_pointer(context, builder, counters, view, [index], wraparound=False)
 
 
-@njit(["int64(int64[::1], int64, int64)"], nogil=True)
-def increase(counters: Any, index: int, value: int) -> Any:
-    """`add`, for Python."""
+def _increase(counters: Any, index: int, value: int) -> Any:
     return add(counters, index, value)
 
 
-@njit(["boolean(int64[::1], int64, int64, int64)"], nogil=True)
-def wait_while(counters: Any, index: int, value: int, spins: int) -> bool:
-    """Wait while counters[index] is `value`, so many pauses at most; whether it is still."""
+def _wait_while(counters: Any, index: int, value: int, spins: int) -> bool:
     for _ in range(spins):
         if get(counters, index) != value:
             return False
         pause()
     return bool(get(counters, index) == value)
+
+
+# For Python. `increase` is `add`; `wait_while` waits while counters[index] is `value`, so many pauses at most, and says
+# whether it is still.
+increase = sealed(njit(nogil=True)(_increase), "atomics.increase")
+wait_while = sealed(njit(nogil=True)(_wait_while), "atomics.wait_while")

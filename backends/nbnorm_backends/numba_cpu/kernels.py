@@ -50,7 +50,24 @@ from nbnorm_backends.numba_cpu.elements import (
 # "ninf" break them, "arcp" turns x / denormal into infinity.
 REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, **INNER)
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
-KERNEL = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
+
+MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
+K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
+LINE = 64  # bytes of a cache line
+STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
+ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
+WIDTH = 512  # columns of a block of a run, at most
+LANES = 16  # of float32 in a vector
+FLUSH = 32  # rows whose sums lie in float32 before they go to float64
+FEW = 128  # groups of fewer are summed in float64: with many elements rounding errors cancel
+NEAR = 32  # elements whose mean is the pivot of float32 sums
+NEAR_PIVOT = 0.25  # float32 sums are trusted where (sum of deviations)^2 <= n * m2 / 4: beyond it errors are amplified
+POOR_PIVOT = 8.0  # float64 sums are done again about the mean where it is > 8 * n * m2: beyond it a digit is lost
+TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
+MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
+TOP = 2.0**126
+LARGEST = 3.4e38
+
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
@@ -512,7 +529,7 @@ def add_group(source, addend, total, i, j):
             add_rows(source[i, k, j, m], addend[i, k, j, m], total[i, k, j, m])
 
 
-@KERNEL
+@PLAIN
 def runs_forward(
     chunk,
     groups,
@@ -663,7 +680,7 @@ def partial_like(x, total):
     return lambda x, total: np.zeros(total.shape, real)
 
 
-@KERNEL
+@PLAIN
 def runs_backward(
     chunk, groups, dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend, dw, db, dz, dx
 ):
@@ -730,7 +747,7 @@ def tile_of(chunk, samples, rows, width, x):
     return i0, min(i0 + samples, n), share, r0, min(r0 + rows, r), w0, min(w0 + width, w)
 
 
-@KERNEL
+@PLAIN
 def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
     """pivot (n, w): u of the first element of each column that counts; count (n, w): 1 where there is one."""
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
@@ -796,7 +813,7 @@ def add_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     return plain_blocks if isinstance(mask, types.NoneType) and not curved(before) else no_blocks
 
 
-@KERNEL
+@PLAIN
 def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, addend, total, part):
     """part (3, n, shares, w): sum(u - pivot), sum((u - pivot)^2) and, with a mask, the count down the tile's rows.
 
@@ -823,7 +840,7 @@ def period_of(wr, w):
     return w if wr.shape[1] == 1 else wr.shape[1]
 
 
-@KERNEL
+@PLAIN
 def columns_apply(chunk, samples, rows, width, x, power, mean, scale, shift, wr, br, residual, mask, before, after, y):
     """y = after(z + residual), where z = (u * power - mean) * scale + shift, or z * wr + br in its place.
 
@@ -897,7 +914,7 @@ def add_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean
     return plain_backward_blocks if plain else no_backward_blocks
 
 
-@KERNEL
+@PLAIN
 def columns_backward_sums(
     chunk, samples, rows, width, dy, x, power, mean, scale, shift, wr, br, residual, mask, before, after, part, dwr
 ):
@@ -951,7 +968,7 @@ def add_row_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, be
     grads[1] += s
 
 
-@KERNEL
+@PLAIN
 def columns_backward_apply(
     chunk,
     samples,

@@ -8,12 +8,13 @@ steps was a dozen calls, and the steps together took longer than the passes over
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
+from nbnorm_backends.numba_cpu.cache import sealed
 from nbnorm_backends.numba_cpu.kernels import (
     COUNT,
     K1,
     K2,
-    KERNEL,
     M2,
     MEAN,
     NEAR_PIVOT,
@@ -28,6 +29,12 @@ from nbnorm_backends.numba_cpu.kernels import (
     power_for,
     power_of_two,
 )
+
+
+def KERNEL(function):
+    """Compile a function that is called from Python, and keep it on disk."""
+    compiled = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)(function)
+    return sealed(compiled, f"{function.__module__}.{function.__qualname__}")
 
 
 @PLAIN

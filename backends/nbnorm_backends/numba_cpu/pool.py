@@ -22,6 +22,7 @@ from numba import njit, prange
 from nbnorm.dispatch import registry
 from nbnorm.parallel import thread_limit
 from nbnorm_backends.numba_cpu import atomics
+from nbnorm_backends.numba_cpu.cache import sealed
 
 Kernel = Callable[..., None]
 # Counters of a job, each on a cache line of its own.
@@ -54,7 +55,13 @@ def worker(kernel: Kernel) -> Callable[..., None]:
             "    kernel(chunk{args})\n"
             "fence()\n"
         )
-        found = _workers.setdefault(kernel, _compiled("counters, chunks", body, kernel, nogil=True))
+        work, name = (
+            _compiled("counters, chunks", body, kernel, nogil=True),
+            f"{kernel.__module__}.{kernel.__qualname__}",
+        )
+        if kernel.__module__.startswith(__package__):  # of others the cache does not know the sources
+            work = sealed(work, f"worker of {name}")
+        found = _workers.setdefault(kernel, work)
     return found
 
 
@@ -63,7 +70,7 @@ def _compiled(first: str, body: str, kernel: Any, **flags: Any) -> Callable[...,
     args = "".join(f", {name}" for name in list(inspect.signature(kernel.py_func).parameters)[1:])
     lines = body.format(args=args).replace("\n", "\n    ")
     names: dict[str, Any] = {"kernel": kernel, "add": atomics.add, "fence": atomics.fence, "CLAIMED": CLAIMED}
-    names |= {"prange": prange, "int64": np.int64}
+    names |= {"prange": prange, "int64": np.int64, "__name__": __name__}
     exec(f"def work({first}{args}):\n    {lines}", names)
     compiled: Callable[..., None] = njit(error_model="numpy", no_cfunc_wrapper=True, **flags)(names["work"])
     return compiled

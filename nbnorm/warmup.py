@@ -1,0 +1,53 @@
+"""Calls for which a backend compiles what later calls of a norm need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+import nbnorm
+
+BFLOAT16 = ("bfloat16",) if find_spec("ml_dtypes") else ()
+DTYPES = ("float32", "float64", "float16", *BFLOAT16)
+NORMS: dict[str, Callable[..., Any]] = {
+    op.__name__: op
+    for op in (nbnorm.batch_norm, nbnorm.layer_norm, nbnorm.group_norm, nbnorm.instance_norm, nbnorm.rms_norm)
+}
+# Rows, and images, which are worth sharing among threads. Kernels do not depend on sizes, only on which axes there are.
+SHAPES = (8, 64), (4, 64, 32, 32)
+
+
+def warm(name: str, dtype: str) -> None:
+    """Run a norm and its gradient on the Numba backend: as in training, and in evaluation, plainly and affine."""
+    if dtype in BFLOAT16:
+        import_module("ml_dtypes")  # tells NumPy the name
+    for shape in SHAPES:
+        x = np.ones(shape, np.dtype(dtype))
+        for kwargs in _arguments(name, x):
+            y, pullback = nbnorm.vjp(NORMS[name], x, **kwargs, backend="numba")
+            pullback(y)
+
+
+def _arguments(name: str, x: Any) -> Iterator[dict[str, Any]]:
+    """Arguments beside x, the affine ones first."""
+    size = x.shape[-1] if name in ("layer_norm", "rms_norm") else x.shape[1]
+    weight = np.ones(size, x.dtype)
+    affine = {"weight": weight} if name == "rms_norm" else {"weight": weight, "bias": weight}
+    if name == "batch_norm":
+        yield {"training": True} | affine
+        yield {"training": True}
+        yield {"running_mean": weight, "running_var": weight} | affine
+        return
+    own = {
+        "layer_norm": {"normalized_shape": size},
+        "rms_norm": {"normalized_shape": size},
+        "group_norm": {"num_groups": 8},
+        "instance_norm": {},
+    }[name]
+    if name != "instance_norm" or x.ndim > 2:
+        yield own | affine
+        yield own
