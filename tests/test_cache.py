@@ -149,7 +149,7 @@ def test_what_changes_machine_code_is_a_miss_and_what_does_not_is_a_hit(warm: Pa
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("nbnorm_backends/numba_cpu/kernels.py", "NEAR = 8 ", "NEAR = 4 "),
+        ("nbnorm_backends/numba_cpu/elements.py", "LINE = 64 ", "LINE = 32 "),
         ("nbnorm/backend.py", "LEAK = 0.01 ", "LEAK = 0.02 "),
     ],
 )
