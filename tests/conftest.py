@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections import Counter
 
 import pytest
@@ -18,10 +16,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels are kept for this run only, in a folder of its own: what one process compiles the others load."""
+    """Kernels are kept in pytest's own cache: what one process compiles the others load, and the next run too."""
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the variable
-        os.environ["NBNORM_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="nbnorm-tests-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        folder = config.cache.mkdir("kernels")  # type: ignore[union-attr]
+        folder.chmod(0o700)
+        os.environ["NBNORM_CACHE_DIR"] = str(folder)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -17,7 +17,8 @@ import pytest
 from numba import njit
 
 import nbnorm_backends
-from nbnorm_backends.numba_cpu import cache, kernels, store, whole
+from nbnorm_backends.numba_cpu import atomics, cache, kernels, merging, store, whole
+from nbnorm_backends.numba_cpu.pool import worker
 
 ROOT = os.geteuid() == 0
 PRELUDE = """
@@ -101,7 +102,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_active_with_the_numba_that_is_installed() -> None:
     assert cache.KNOWN
     for kernel in (kernels.runs_forward, kernels.columns_apply, whole.respond):
-        assert isinstance(kernel._cache, cache._Cache)
+        assert isinstance(worker(kernel)._cache, cache._Cache)  # type: ignore[attr-defined]
+    for function in (merging.columns_statistics, atomics.increase):
+        assert isinstance(function._cache, cache._Cache)
 
 
 NORM = """
@@ -117,9 +120,10 @@ def test_a_second_process_compiles_nothing_and_gives_the_same_bits(tmp_path: Pat
     assert first == ["True", second[1]]
     assert second[0] == "False"
     assert fresh_process(NORM, "").split() == first
-    (file,) = files(tmp_path / "new" / "kernels")
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert file.parent.stat().st_mode & 0o777 == 0o700
+    kept = files(tmp_path / "new" / "kernels")
+    assert kept
+    assert {file.stat().st_mode & 0o777 for file in kept} == {0o600}
+    assert kept[0].parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_every_argument_type_has_a_file(tmp_path: Path) -> None:
