@@ -444,6 +444,8 @@ def main() -> None:
             peers.append(peer)
         except PackageNotFoundError:
             print(f"{peer} is left out: pip install {PEERS[peer][1]}", file=sys.stderr)
+    if not peers:
+        sys.exit("no peer is installed")
     cells = [
         cell
         for cell in (HALVES if options.halves else FLOAT32)

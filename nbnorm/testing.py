@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 
 EPS = 1e-3
 # Allowed error, relative to max(1, |reference|): a few units in the last place, times the sums of a gradient.
+DTYPES = ("float32", "float64", *HALF)
 TOLERANCE = {"float64": 1e-11, "statistics": 1.2e-7, "sums": 4e-7, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
@@ -182,7 +183,7 @@ class Record:
         return True
 
 
-def check_backend(backend: Backend, *, dtypes: tuple[str, ...] = ("float32", "float64", *HALF)) -> Report:
+def check_backend(backend: Backend, *, dtypes: tuple[str, ...] = DTYPES) -> Report:
     """Run every conformance case on a host backend.
 
     Norms are tried in every dtype. Strided views, parameters along r, options, sums and whole ops take turns with the

@@ -216,8 +216,14 @@ def layouts(x: Any) -> dict[str, Any]:
     return found
 
 
-@BY_NAME
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        pytest.param(dtype, case, marks=[pytest.mark.slow] * (place % 2 != turn), id=f"{dtype}-{case.name}")
+        for turn, dtype in enumerate(("float32", "bfloat16"))
+        for place, case in enumerate(NORMS)
+    ],
+)
 def test_memory_layouts(case: Norm, dtype: str, backend: str) -> None:
     x, weight, bias, dy = data(case, dtype)
     for name, array in layouts(x).items():

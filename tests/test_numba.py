@@ -68,6 +68,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(backend_numba: Any, monkeyp
         assert same_bits(everything(X, DY), alone), threads
 
 
+@pytest.mark.slow
 def test_prange_gives_the_same_bits(backend_numba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_numba, "scheduler", Pool(2))
     pooled = everything(X, DY)

@@ -53,7 +53,7 @@ class NumbaBackend(WholeOps, Backend):
         self._forward(
             x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table, precise=True
         )
-        return _moments(x, table)
+        return _moments(x, table, mask)
 
     def forward(
         self,
@@ -73,7 +73,7 @@ class NumbaBackend(WholeOps, Backend):
         table = _table(x, stats)
         find = stats is None
         self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y, precise=precise)
-        return y, _moments(x, table) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
+        return y, _moments(x, table, mask) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def add_forward(
         self,
@@ -249,10 +249,11 @@ def _table(x: Array, stats: tuple[Array | None, Array] | None = None, count: Any
     return table
 
 
-def _moments(x: Array, table: Array) -> Moments:
+def _moments(x: Array, table: Array, mask: Array | None = None) -> Moments:
     mean, residual, m2, count = (table[row].reshape(x.shape[0], x.shape[2]) for row in (MEAN, RESIDUAL, M2, COUNT))
     whole = x.shape[1] * x.shape[3] * x.shape[4]
-    return Moments(whole if (count == whole).all() else count.astype(np.int64), mean, m2, residual)
+    partial = mask is not None and not (count == whole).all()
+    return Moments(count.astype(np.int64) if partial else whole, mean, m2, residual)
 
 
 def _nothing(x: Array) -> Array:

@@ -32,6 +32,7 @@ from numba import njit, types
 from nbnorm_backends.numba_cpu.activations import activate, curved, slope
 from nbnorm_backends.numba_cpu.elements import (
     INNER,
+    LINE,
     at_like,
     borrowed,
     chosen,
@@ -53,7 +54,6 @@ PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
-LINE = 64  # bytes of a cache line
 STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
 ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
 WIDTH = 512  # columns of a block of a run, at most
@@ -65,26 +65,8 @@ NEAR_PIVOT = 0.25  # float32 sums are trusted where (sum of deviations)^2 <= n *
 POOR_PIVOT = 8.0  # float64 sums are done again about the mean where it is > 8 * n * m2: beyond it a digit is lost
 TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
 MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
-TOP = 2.0**126
-LARGEST = 3.4e38
-
-
-MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
-K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
-LINE = 64  # bytes of a cache line
-STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
-ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
-WIDTH = 512  # columns of a block of a run, at most
-LANES = 16  # of float32 in a vector
-FLUSH = 32  # rows whose sums lie in float32 before they go to float64
-FEW = 128  # groups of fewer are summed in float64: with many elements rounding errors cancel
-NEAR = 32  # elements whose mean is the pivot of float32 sums
-NEAR_PIVOT = 0.25  # float32 sums are trusted where (sum of deviations)^2 <= n * m2 / 4: beyond it errors are amplified
-POOR_PIVOT = 8.0  # float64 sums are done again about the mean where it is > 8 * n * m2: beyond it a digit is lost
-TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
-MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
-TOP = 2.0**126
-LARGEST = 3.4e38
+TOP = 2.0**126  # the last power of two but one that float32 has, and the reciprocal of its smallest normal number
+LARGEST = 3.4e38  # of float32
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------

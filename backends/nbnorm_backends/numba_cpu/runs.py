@@ -111,8 +111,13 @@ def _param_shape(weight: Array | None, bias: Array | None) -> tuple[int, ...]:
 
 
 def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
-    """A parameter as kernels take it: float64 (r or 1, g, c), with rows along the run where it has them."""
-    five = np.full(shape, absent) if param is None else param.astype(np.float64, order="C")
+    """A parameter as kernels take it: (r or 1, g, c), with rows along the run where it has them.
+
+    In the type that x is computed in; float64 too where the engine computed it.
+    """
+    wide = x.itemsize == 8 or (param is not None and param.dtype == np.float64)
+    real = np.float64 if wide else np.float32
+    five = np.full(shape, absent, real) if param is None else np.asarray(param, real, order="C")
     c = x.shape[3]
     if x.shape[4] == 1:
         five, c = five.swapaxes(3, 4), 1
