@@ -137,8 +137,8 @@ def _along_r(weight: Array | None, bias: Array | None) -> tuple[Array | None, Ar
 def _find(
     grid: _Grid, x: Array, extra: tuple[Any, ...], joined: Joined, center: bool, eps: float, precise: bool, stats: Array
 ) -> None:
-    """Statistics of every group: sums about each column's first element; where they cannot be trusted, in float64 and
-    about the mean."""
+    """Statistics of every group: sums about a pivot of each column; where they cannot be trusted, again in float64, and
+    about the mean where the pivot lies far from it."""
     view, (_, mask, before, _) = grid.view(x), extra
     n, rows, w = grid.shape
     plain = mask is None and before is IDENTITY and joined.source is None  # else the pivot is too poor for float32

@@ -55,12 +55,9 @@ def worker(kernel: Kernel) -> Callable[..., None]:
             "    kernel(chunk{args})\n"
             "fence()\n"
         )
-        work, name = (
-            _compiled("counters, chunks", body, kernel, nogil=True),
-            f"{kernel.__module__}.{kernel.__qualname__}",
-        )
+        work = _compiled("counters, chunks", body, kernel, nogil=True)
         if kernel.__module__.startswith(__package__):  # of others the cache does not know the sources
-            work = sealed(work, f"worker of {name}")
+            work = sealed(work, f"worker of {kernel.__module__}.{kernel.__qualname__}")
         found = _workers.setdefault(kernel, work)
     return found
 
