@@ -58,6 +58,10 @@ class Real:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def fused(self, factor: Any, addend: Any) -> Real:
+        """self * factor + addend, rounded once."""
+        return Real(self.builder, self.builder.fma(self.value, self.of(factor), self.of(addend)))
+
     def where(self, comparison: str, bound: Any, chosen: Any, other: Any) -> Real:
         """`chosen` where self compares so with `bound`, else `other`; a NaN compares with nothing."""
         test = self.builder.fcmp_ordered(comparison, self.value, self.of(bound))
@@ -110,6 +114,7 @@ class _Constants:
         tuple[float, ...], tuple[float, ...]
     ]  # exp(z*z/2) * (1 - Phi(z)), a quotient fitted by Lawson's method
     farthest: float  # where exp(-z*z/2) has become 0
+    halved: tuple[float, float]  # -log2(e) / 2: what there is of it in one number, and the rest, if `mills` leaves it
     low_bits: int  # cleared in the factor of a square that shall be exact
 
 
@@ -123,9 +128,10 @@ SINGLE = _Constants(
     18.1,
     (1.0000000108364155, 0.500000001353873, 0.1666650461303261, 0.04166646419740569, 0.008369220291803607,
      0.0013933730715792083),
-    ((0.5000000024733253, 0.43569760341438313, 0.18131520446256105, 0.03998703165264566, 0.004020610813370639),
-     (1.0, 1.6692801247900333, 1.1945191170534288, 0.46440260890949026, 0.10024000268489644, 0.010078033586140595)),
+    ((0.5000000030981614, 0.4413151180325955, 0.18533076962490427, 0.041307295920519245, 0.004208996624876336),
+     (1.0, 1.680515238676885, 1.2115136669385276, 0.474989109527234, 0.10354576171824736, 0.010550387220063455)),
     13.26,
+    (-0.7213475108146667, 0.0),
     12,
 )  # fmt: skip
 DOUBLE = _Constants(
@@ -144,9 +150,10 @@ DOUBLE = _Constants(
       0.06037638018679486, 0.010331549970627471, 0.0012310184175635783, 9.322433009890726e-05,
       3.466411012775339e-06)),
     37.66,
+    (-0.7213475204444817, -1.0177636870465517e-17),
     27,
 )  # fmt: skip
-LOG2_E = 1.4426950408889634
+LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 def _constants(x: Real) -> _Constants:
@@ -171,10 +178,27 @@ def _reduced(x: Real) -> tuple[Real, Real]:
 
 
 def _exp(x: Real, low: Real | float = 0.0) -> Real:
-    """exp(x + low) for x from `lowest` to 0 and small `low`."""
+    """exp(x + low) for small `low` and x from `lowest`, where it is 0, to ln(2) - lowest, where it is infinite."""
     r, power = _reduced(x)
     r = r + low if isinstance(low, Real) else r
     return power * (1.0 + r * _polynomial(r, _constants(x).expm1))
+
+
+def _bell(x: Real) -> Real:
+    """exp(-x * x / 2) for x from 0 to `farthest`, as a power of 2."""
+    with_ = _constants(x)
+    high, low = _square(x)
+    if not fuses_multiply_add():
+        rest = 0.5 + with_.halved[0] * LN2 if with_.halved[1] == 0.0 else 0.0
+        return _exp(high * -0.5, low * -0.5 + high * rest)
+    shifted = high * with_.halved[0] + with_.round
+    k = shifted - with_.round
+    r = high.fused(with_.halved[0], 0.0 - k) + low * with_.halved[0]
+    if with_.halved[1]:
+        r = r + high * with_.halved[1]
+    power = shifted.bits(lambda word, of: x.builder.shl(word, of(with_.mantissa)))
+    exp2m1 = tuple(c * LN2 ** (i + 1) for i, c in enumerate(with_.expm1))
+    return power * (1.0 + r * _polynomial(r, exp2m1))
 
 
 def _absolute(x: Real) -> Real:
@@ -193,10 +217,22 @@ def _square(x: Real) -> tuple[Real, Real]:
     """x * x as (high, low): rounding it would cost exp(-x * x / 2) up to x * x / 2 units in the last place."""
     if fuses_multiply_add():
         high = x * x
-        return high, Real(x.builder, x.builder.fma(x.value, x.value, x.builder.fneg(high.value)))
+        return high, x.fused(x, 0.0 - high)
     cleared = -(1 << _constants(x).low_bits)
     head = x.bits(lambda word, of: x.builder.and_(word, of(cleared)))
     return head * head, (x + head) * (x - head)  # the first is exact: half of the bits are 0
+
+
+def _exp_minus(x: Real) -> Real:
+    """exp(-x) for any x, rounded to 0 and infinity a little early."""
+    lowest = _constants(x).lowest
+    x = x.where(">", -lowest, -lowest, x)
+    x = x.where("<", lowest - LN2, lowest - LN2, x)
+    return _exp(Real(x.builder, x.builder.fneg(x.value)))
+
+
+def _sigmoid(x: Real) -> Real:
+    return 1.0 / (1.0 + _exp_minus(x))
 
 
 def _logistic(x: Real) -> tuple[Real, Real]:
@@ -224,8 +260,7 @@ def _normal_tail(x: Real) -> tuple[Real, Real, Real]:
     with_ = _constants(x)
     far = _absolute(x)
     far = far.where(">", with_.farthest, with_.farthest, far)
-    high, low = _square(far)
-    bell = _exp(high * -0.5, low * -0.5)
+    bell = _bell(far)
     above, below = (_polynomial(far, part) for part in with_.mills)
     return far, (bell * above) / below, bell * 0.3989422804014327
 
@@ -263,10 +298,10 @@ def _gelu_tanh_slope(z: Real) -> Real:
 FUNCTIONS: dict[str, tuple[Callable[[Real], Real], Callable[[Real], Real]]] = {
     "relu": (lambda z: z.where("<=", 0.0, 0.0, z), lambda z: z.where(">", 0.0, 1.0, 0.0)),
     "leaky_relu": (lambda z: z.where("<=", 0.0, z * LEAK, z), lambda z: z.where(">", 0.0, 1.0, LEAK)),
-    "silu": (lambda z: z * _logistic(z)[0], lambda z: _product_slope(z, *_logistic(z))),
+    "silu": (lambda z: z / (1.0 + _exp_minus(z)), lambda z: _product_slope(z, *_logistic(z))),
     "gelu": (_gelu, _gelu_slope),
-    "gelu_tanh": (lambda z: z * _logistic(_gelu_tanh_inner(z)[0])[0], _gelu_tanh_slope),
-    "sigmoid": (lambda z: _logistic(z)[0], lambda z: _logistic(z)[1]),
+    "gelu_tanh": (lambda z: z / (1.0 + _exp_minus(_gelu_tanh_inner(z)[0])), _gelu_tanh_slope),
+    "sigmoid": (_sigmoid, lambda z: _logistic(z)[1]),
     "tanh": (lambda z: _tanh(z)[0], lambda z: _tanh(z)[1]),
 }
 
