@@ -33,7 +33,7 @@ import numpy as np
 import nbnorm
 from nbnorm.measure import compare
 from nbnorm.parallel import thread_count
-from nbnorm_backends.numba_cpu import limits
+from nbnorm_backends.numba_cpu import limits, outputs
 
 Run = Callable[[], Any]
 EPS = 1e-5
@@ -178,7 +178,7 @@ class Problem:
         """The copy (or the sum of two arrays), with ordinary and with non-temporal stores."""
         x, dy = (array.reshape(-1).view(np.float32) for array in (self.x, self.dy))
         other = dy if self.cell.kind == "backward" else None
-        target = limits.empty(x.size)
+        target = outputs.empty(x.shape, x.dtype)
         return [lambda stream=stream: limits.move(x, other, target, stream=stream) for stream in (False, True)]
 
 

@@ -334,6 +334,23 @@ def curved(*tags: ActivationType) -> bool:
     return any(tag.activation not in ("identity", "relu", "leaky_relu") for tag in tags)
 
 
+@intrinsic
+def fitting_vectors(typing_context: Any, before: Any, after: Any) -> Any:
+    """Let the function that calls this use the widest vectors, of 512 bits, for what is curved.
+
+    Arithmetic gains by them, and nothing else does: an array of NumPy's begins 16 bytes after a cache line, so each
+    of its vectors of 512 bits lies in two. Batch norm channels last took 1.2 times as long with them.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if curved(before, after):
+            for attribute in ("prefer-vector-width", "min-legal-vector-width"):
+                set.add(builder.function.attributes, f'"{attribute}"="512"')  # llvmlite's own `add` knows no pairs
+        return context.get_dummy_value()
+
+    return types.void(before, after), generate
+
+
 register_model(ActivationType)(models.OpaqueModel)
 
 

@@ -14,7 +14,7 @@ from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved
 from nbnorm.dispatch import hold_over_fork
 from nbnorm.parallel import thread_count
 from nbnorm.statistics import Moments
-from nbnorm_backends.numba_cpu import columns, runs
+from nbnorm_backends.numba_cpu import columns, outputs, runs
 from nbnorm_backends.numba_cpu.elements import converts_float16
 from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
@@ -69,7 +69,7 @@ class NumbaBackend(WholeOps, Backend):
         precise: bool = False,
         out: Array | None = None,
     ) -> tuple[Array, Moments | None, Array]:
-        y = np.empty(x.shape, x.dtype) if out is None else out
+        y = outputs.empty(x.shape, x.dtype) if out is None else out
         table = _table(x, stats)
         find = stats is None
         self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y, precise=precise)
@@ -87,8 +87,8 @@ class NumbaBackend(WholeOps, Backend):
         precise: bool = False,
         out: Array | None = None,
     ) -> tuple[Array, Array, Moments, Array]:
-        y = np.empty(x.shape, x.dtype) if out is None else out
-        total = np.empty(x.shape, x.dtype)
+        y = outputs.empty(x.shape, x.dtype) if out is None else out
+        total = outputs.empty(x.shape, x.dtype)
         sealed = total.view()
         sealed.flags.writeable = False
         table, joined = _table(x), Joined(x, addend, total)
@@ -99,8 +99,8 @@ class NumbaBackend(WholeOps, Backend):
 
     def backward(self, dy: Array, saved: Saved, *, addend: Array | None = None) -> Grads:
         x, epilogue = saved.x, saved.epilogue
-        dx = np.empty(x.shape, x.dtype)
-        dz = None if epilogue.residual is None else np.empty(x.shape, x.dtype)
+        dx = outputs.empty(x.shape, x.dtype)
+        dz = None if epilogue.residual is None else outputs.empty(x.shape, x.dtype)
         _, dweight, dbias = self._backward(
             dy,
             x,
@@ -151,7 +151,7 @@ class NumbaBackend(WholeOps, Backend):
         k2: Array | None,
     ) -> Array:
         given = np.stack([np.zeros(rstd.shape) if k is None else k for k in (k1, k2)])
-        dx = np.empty(x.shape, x.dtype)
+        dx = outputs.empty(x.shape, x.dtype)
         table = _table(x, (mean, rstd))
         self._backward(dy, x, weight, None, OPTIONLESS, stats=table, find=False, coefficients=given, dx=dx)
         return dx

@@ -18,6 +18,7 @@ from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.kernels import FEW, NEAR
 from nbnorm_backends.numba_cpu.options import Joined, Options
+from nbnorm_backends.numba_cpu.outputs import streams
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -116,7 +117,9 @@ def forward(
         _find(grid, x, extra, joined, center, eps, precise, stats)
     if y.size:
         terms = grid.terms(x, stats, grid.param(weight), grid.param(bias), single=x.itemsize < 8)
-        grid.run(kernels.columns_apply, grid.view(x), *terms, *_along_r(weight, bias), *extra, grid.view(y))
+        target = grid.view(y)
+        stream = streams(target, grid.width)
+        grid.run(kernels.columns_apply, grid.view(x), *terms, *_along_r(weight, bias), *extra, stream, target)
 
 
 def _is_along_r(param: Array) -> bool:
@@ -221,7 +224,8 @@ def backward(
         found = np.empty((4, *terms[1].shape), terms[1].dtype)
         extreme = merging.columns_gains(stats, *grid.groups, w, coefficients, single, *found)
         gains = *found[:3], found[3] if extreme else None
-        outputs = grid.optional(addend), grid.optional(dz), grid.view(dx)
+        target = grid.view(dx)
+        outputs = grid.optional(addend), grid.optional(dz), streams(target, grid.width), target
         grid.run(kernels.columns_backward_apply, grid.view(dy), grid.view(x), *terms, *params, *gains, *extra, *outputs)
     return dweight, dbias
 

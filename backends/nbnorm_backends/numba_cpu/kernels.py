@@ -29,7 +29,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from nbnorm_backends.numba_cpu.activations import activate, curved, slope
+from nbnorm_backends.numba_cpu.activations import activate, curved, fitting_vectors, slope
 from nbnorm_backends.numba_cpu.elements import (
     INNER,
     LINE,
@@ -41,16 +41,18 @@ from nbnorm_backends.numba_cpu.elements import (
     load,
     optional,
     plus,
+    put,
     store,
     times,
     touch,
-    widest_vectors,
 )
 
 # Reductions may be reordered into vector lanes; nothing may assume away NaN and Inf. fastmath=True, "nnan" and
 # "ninf" break them, "arcp" turns x / denormal into infinity.
 REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, **INNER)
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
+# For steps within a row, which a call would slow down.
+ROW = njit(fastmath={"contract"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
 
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
@@ -67,6 +69,7 @@ TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither los
 MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
 TOP = 2.0**126  # the last power of two but one that float32 has, and the reciprocal of its smallest normal number
 LARGEST = 3.4e38  # of float32
+PAST = True  # the caches; None for ordinary stores
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ def block_sums(x, begin, width, pivot, mask, before):
     They are seen as ROWS rows: a column of them is summed in the type of the pivot, and the columns in float64. Float32
     sums of more, and above all the sum of the vector's lanes, would cost several units in the last place.
     """
-    widest_vectors()
+    fitting_vectors(before, before)
     s = 0.0
     q = 0.0
     for j in range(width):
@@ -122,7 +125,7 @@ def block_sums(x, begin, width, pivot, mask, before):
 @REDUCE
 def rest_sums(x, begin, pivot, mask, before):
     """`block_sums` of the elements from `begin` to the end, one by one."""
-    widest_vectors()
+    fitting_vectors(before, before)
     s = 0.0
     q = 0.0
     for i in range(begin, x.size):
@@ -161,22 +164,23 @@ def sums(x, pivot, mask, before):
 
 
 @PLAIN
-def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, after, y):
+def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, after, past, y):
     """y = after(((u * power - mean) * scale + low) * w + b + residual), in the type of scale.
 
-    `ahead` is a row that will be read soon.
+    `ahead` is a row that will be read soon. `past` is None, or y goes past the caches (see `put`).
     """
-    widest_vectors()
-    for begin in range(0, x.size, STRIDE):
-        end = min(begin + STRIDE, x.size)
+    fitting_vectors(before, after)
+    stride = STRIDE if ahead.size else max(x.size, 1)  # each piece checks anew which arrays overlap
+    for begin in range(0, x.size, stride):
+        end = min(begin + stride, x.size)
         fetch(ahead, begin, end)
         for i in range(begin, end):
             d = times(activate(before, x, at_like(scale, x, i)), power, i) - at_like(scale, mean, i)
             z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
-            store(y, i, keep(mask, i, activate(after, y, z)))
+            put(past, y, i, keep(mask, i, activate(after, y, z)))
 
 
-@PLAIN
+@ROW
 def fetch(row, begin, end):
     """Ask for the lines of row[begin:end]."""
     for i in range(begin, min(end, row.size), LINE // row.itemsize):
@@ -195,7 +199,7 @@ def gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, b
 @REDUCE
 def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     """sum(t * weights), sum(t * weights * d), in the manner of `block_sums`."""
-    widest_vectors()
+    fitting_vectors(before, after)
     s = 0.0
     q = 0.0
     for j in range(width):
@@ -216,7 +220,7 @@ def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, resi
 @REDUCE
 def rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     """`block_backward_sums` of the elements from `begin` to the end, one by one."""
-    widest_vectors()
+    fitting_vectors(before, after)
     s = 0.0
     q = 0.0
     for i in range(begin, x.size):
@@ -249,7 +253,7 @@ def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, 
 @PLAIN
 def add_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, dw, db):
     """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = d * scale + low."""
-    widest_vectors()
+    fitting_vectors(before, after)
     for i in range(x.size):
         g, v = at_like(scale, dy, i), at_like(scale, x, i)
         d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
@@ -259,17 +263,17 @@ def add_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before
 
 @PLAIN
 def backward_affine(
-    dy, x, power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, dx
+    dy, x, power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, past, dx
 ):
-    """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t"""
-    widest_vectors()
+    """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t; `past` as for `affine`."""
+    fitting_vectors(before, after)
     for i in range(x.size):
         g, v = at_like(scale, dy, i), at_like(scale, x, i)
         d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
         store(dz, i, t)
         du = times(t * at_like(scale, gain, i), w, i) + (d * at_like(scale, k2, i) + at_like(scale, k1, i))
         du = times(du, lift, i) * slope(before, x, v)
-        store(dx, i, plus(keep(mask, i, du), addend, i))
+        put(past, dx, i, plus(keep(mask, i, du), addend, i))
 
 
 # ---- rows of what may be None ----------------------------------------------------------------------------------------
@@ -341,12 +345,19 @@ def first_of(mask, before, x, first):
     return activate(before, x, load(x, first))
 
 
-def mean_of_first(mask, before, x, first):
+@REDUCE
+def first_sums(mask, before, x, first):
+    """(count, sum) of the elements that count among the NEAR from `first` on: exact where they are equal."""
     count = 0.0
     total = 0.0
     for i in range(first, min(first + NEAR, x.size)):
         count += keep(mask, i, 1.0)
         total += keep(mask, i, activate(before, x, load(x, i)))
+    return count, total
+
+
+def mean_of_first(mask, before, x, first):
+    count, total = first_sums(mask, before, x, first)
     return np.float64(np.float32(total / count))
 
 
@@ -531,15 +542,18 @@ def runs_forward(
     source,
     addend,
     total,
+    stream,
     y,
 ):
     """Groups [chunk*groups, ...): statistics where `find` asks, then y, unless it is empty, while x is in the cache.
 
     Where `source` is not None, x is the memory of `total`, and total = source + addend comes first. `leap` chunks on
-    lies the chunk that this thread is likely to do next, which is fetched to the cache meanwhile; 0 for none.
+    lies the chunk that this thread is likely to do next, which is fetched to the cache meanwhile; 0 for none. With
+    `stream` y, whose runs are whole cache lines, goes past the caches.
     """
-    x, y, w, b = borrowed(x), borrowed(y), borrowed(w), borrowed(b)
+    x, y, w, b, stats = borrowed(x), borrowed(y), borrowed(w), borrowed(b), borrowed(stats)
     residual, mask = borrowed(residual), borrowed(mask)
+    source, addend, total = borrowed(source), borrowed(addend), borrowed(total)
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
     end = min((chunk + 1) * groups, n * g)
@@ -555,21 +569,25 @@ def runs_forward(
                     xs, ys, rs = x[i, k, j, m], y[i, k, j, m], run_of(residual, i, k, j, m)
                     ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
                     ahead = x[coming // g, k, coming % g, m] if leap and coming < n * g else xs[:0]
-                    affine_run(xs, ahead, stats[MEAN, p], stats[RSTD, p], ws, bs, rs, ms, before, after, ys)
+                    mean, rstd = stats[MEAN, p], stats[RSTD, p]
+                    if stream:
+                        affine_run(xs, ahead, mean, rstd, ws, bs, rs, ms, before, after, PAST, ys)
+                    else:
+                        affine_run(xs, ahead, mean, rstd, ws, bs, rs, ms, before, after, None, ys)
 
 
-def affine_number(x, ahead, mean, rstd, w, b, residual, mask, before, after, y):
+def affine_number(x, ahead, mean, rstd, w, b, residual, mask, before, after, past, y):
     power, high, scale, low = terms(x, mean, rstd * w)
-    affine(x, ahead, power, high, scale, None, None, b + low, residual, mask, before, after, y)
+    affine(x, ahead, power, high, scale, None, None, b + low, residual, mask, before, after, past, y)
 
 
-def affine_row(x, ahead, mean, rstd, w, b, residual, mask, before, after, y):
+def affine_row(x, ahead, mean, rstd, w, b, residual, mask, before, after, past, y):
     power, high, scale, low = terms(x, mean, rstd)
-    affine(x, ahead, power, high, scale, low, w, b, residual, mask, before, after, y)
+    affine(x, ahead, power, high, scale, low, w, b, residual, mask, before, after, past, y)
 
 
 @chosen
-def affine_run(x, ahead, mean, rstd, w, b, residual, mask, before, after, y):
+def affine_run(x, ahead, mean, rstd, w, b, residual, mask, before, after, past, y):
     """`affine` of a run, where weight and bias are numbers or rows."""
     return affine_row if isinstance(w, types.Array) else affine_number
 
@@ -664,10 +682,30 @@ def partial_like(x, total):
 
 @PLAIN
 def runs_backward(
-    chunk, groups, dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend, dw, db, dz, dx
+    chunk,
+    groups,
+    dy,
+    x,
+    w,
+    b,
+    center,
+    fixed,
+    find,
+    stats,
+    k,
+    residual,
+    mask,
+    before,
+    after,
+    addend,
+    dw,
+    db,
+    dz,
+    stream,
+    dx,
 ):
     """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db; then dx and
-    dz, unless dx is empty, while dy and x are in the cache.
+    dz, unless dx is empty, while dy and x are in the cache. `stream` as for `runs_forward`.
 
     Where dx is empty the sums are what is asked for, and so in float64. dw, db (chunks, r or 1, g, c), with rows of s
     where weight and bias have them, or one share in place of `chunks` where each group is met once. The sums over the
@@ -675,6 +713,7 @@ def runs_backward(
     """
     dy, x, w, b, dx = borrowed(dy), borrowed(x), borrowed(w), borrowed(b), borrowed(dx)
     residual, mask, addend, dz = borrowed(residual), borrowed(mask), borrowed(addend), borrowed(dz)
+    stats, k, dw, db = borrowed(stats), borrowed(k), borrowed(dw), borrowed(db)
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
@@ -703,9 +742,11 @@ def runs_backward(
                     rs, ms = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m)
                     ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
                     ts, zs = run_of(addend, i, a, j, m), run_of(dz, i, a, j, m)
-                    backward_affine(
-                        dys, xs, power, high, scale, low, ws, bs, rs, ms, before, after, gain, k1, k2, lift, ts, zs, dxs
-                    )
+                    found = dys, xs, power, high, scale, low, ws, bs, rs, ms, before, after, gain, k1, k2, lift, ts, zs
+                    if stream:
+                        backward_affine(*found, PAST, dxs)
+                    else:
+                        backward_affine(*found, None, dxs)
     flush(dws, dw1)
     flush(dbs, db1)
 
@@ -750,7 +791,7 @@ def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
 @PLAIN
 def add_row(x, pivot, mask, before, s, q):
     """`block_sums` of every column on its own, added to float64."""
-    widest_vectors()
+    fitting_vectors(before, before)
     for j in range(x.size):
         d = keep(mask, j, activate(before, x, at_like(pivot, x, j)) - at_like(pivot, pivot, j))
         s[j] += d
@@ -767,7 +808,7 @@ def add_counts(mask, part, i, share, begin):
 @PLAIN
 def add_block(x, i, k, begin, pivot, before, s, q):
     """`add_row` of ROWS rows, whose sums stay in registers."""
-    widest_vectors()
+    fitting_vectors(before, before)
     for j in range(s.size):
         ds = zero(pivot[j])
         dq = zero(pivot[j])
@@ -779,12 +820,24 @@ def add_block(x, i, k, begin, pivot, before, s, q):
         q[j] += dq
 
 
+@PLAIN
+def fetch_block(x, i, k, begin, end):
+    """Ask for columns [begin, end) of ROWS rows of sample i.
+
+    They are too short for the processor to find their streams: batch norm's sums over (32768, 1024) went from 20 to 38
+    GB/s.
+    """
+    for m in range(k, min(k + ROWS, x.shape[1])):
+        fetch(x[i, m], begin, end)
+
+
 def no_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     return r0
 
 
 def plain_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     for k in range(r0, r1 - ROWS + 1, ROWS):
+        fetch_block(x, i, k + ROWS, begin, begin + s.size)
         add_block(x, i, k, begin, pivot, before, s, q)
     return r0 + (r1 - r0) // ROWS * ROWS
 
@@ -823,10 +876,12 @@ def period_of(wr, w):
 
 
 @PLAIN
-def columns_apply(chunk, samples, rows, width, x, power, mean, scale, shift, wr, br, residual, mask, before, after, y):
+def columns_apply(
+    chunk, samples, rows, width, x, power, mean, scale, shift, wr, br, residual, mask, before, after, stream, y
+):
     """y = after(z + residual), where z = (u * power - mean) * scale + shift, or z * wr + br in its place.
 
-    power (or None), mean, scale and shift (n, w).
+    power (or None), mean, scale and shift (n, w). `stream` as for `runs_forward`, without wr.
     """
     x, residual, mask, y = borrowed(x), borrowed(residual), borrowed(mask), borrowed(y)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
@@ -840,21 +895,24 @@ def columns_apply(chunk, samples, rows, width, x, power, mean, scale, shift, wr,
             for k in range(r0, r1):
                 xs, ys, rs = x[i, k, j:e], y[i, k, j:e], row_of(residual, i, k, j, e)
                 ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
-                ahead = x[i, k + 1, j:e] if k + 1 < x.shape[1] else xs[:0]
+                ahead = xs[:0]
                 if wr is None:
-                    affine(xs, ahead, p, m, a, None, None, b, rs, ms, before, after, ys)
+                    if stream:
+                        affine(xs, ahead, p, m, a, None, None, b, rs, ms, before, after, PAST, ys)
+                    else:
+                        affine(xs, ahead, p, m, a, None, None, b, rs, ms, before, after, None, ys)
                 elif wr.shape[1] == 1:
-                    affine(xs, ahead, p, m, a, b, wr[k, 0], br[k, 0], rs, ms, before, after, ys)
+                    affine(xs, ahead, p, m, a, b, wr[k, 0], br[k, 0], rs, ms, before, after, None, ys)
                 else:
                     u, v = j % c, j % c + e - j
-                    affine(xs, ahead, p, m, a, b, wr[k, u:v], br[k, u:v], rs, ms, before, after, ys)
+                    affine(xs, ahead, p, m, a, b, wr[k, u:v], br[k, u:v], rs, ms, before, after, None, ys)
             j = e
 
 
 @PLAIN
 def add_backward_row(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, s, q):
     """`block_backward_sums` of every column on its own, added to float64."""
-    widest_vectors()
+    fitting_vectors(before, after)
     for j in range(x.size):
         g, v = at_like(scale, dy, j), at_like(scale, x, j)
         d, t = gradient_at(j, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
@@ -866,7 +924,7 @@ def add_backward_row(dy, x, power, mean, scale, low, w, b, residual, mask, befor
 @PLAIN
 def add_backward_block(dy, x, i, k, begin, power, mean, scale, shift, before, after, s, q):
     """`add_backward_row` of ROWS rows, whose sums stay in registers."""
-    widest_vectors()
+    fitting_vectors(before, after)
     for j in range(s.size):
         ds = zero(scale[j])
         dq = zero(scale[j])
@@ -885,6 +943,8 @@ def no_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean,
 
 def plain_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean, scale, shift, before, after, s, q):
     for k in range(r0, r1 - ROWS + 1, ROWS):
+        fetch_block(dy, i, k + ROWS, begin, begin + s.size)
+        fetch_block(x, i, k + ROWS, begin, begin + s.size)
         add_backward_block(dy, x, i, k, begin, power, mean, scale, shift, before, after, s, q)
     return r0 + (r1 - r0) // ROWS * ROWS
 
@@ -938,7 +998,7 @@ def columns_backward_sums(
 @REDUCE
 def add_row_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, grads):
     """Where one weight and one bias serve the whole row: grads += (sum(t * xhat), sum(t))"""
-    widest_vectors()
+    fitting_vectors(before, after)
     s = 0.0
     q = 0.0
     for i in range(x.size):
@@ -974,11 +1034,12 @@ def columns_backward_apply(
     after,
     addend,
     dz,
+    stream,
     dx,
 ):
     """dx = (t * gain * wr + (d * k2 + k1)) * lift * before'(x) + addend, dz = t.
 
-    gain, k1, k2 and lift (or None) (n, w).
+    gain, k1, k2 and lift (or None) (n, w). `stream` as for `columns_apply`.
     """
     dy, x, dx, residual, mask = borrowed(dy), borrowed(x), borrowed(dx), borrowed(residual), borrowed(mask)
     addend, dz = borrowed(addend), borrowed(dz)
@@ -995,12 +1056,17 @@ def columns_backward_apply(
                 dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
                 ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
                 ts, zs, out = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
+                rest = f, c1, c2, g, ts, zs
                 if wr is None:
-                    backward_affine(dys, xs, p, m, a, None, None, b, rs, ms, before, after, f, c1, c2, g, ts, zs, out)
+                    found = dys, xs, p, m, a, None, None, b, rs, ms, before, after, *rest
+                    if stream:
+                        backward_affine(*found, PAST, out)
+                    else:
+                        backward_affine(*found, None, out)
                 elif wr.shape[1] == 1:
                     w, bias = wr[k, 0], br[k, 0]
-                    backward_affine(dys, xs, p, m, a, b, w, bias, rs, ms, before, after, f, c1, c2, g, ts, zs, out)
+                    backward_affine(dys, xs, p, m, a, b, w, bias, rs, ms, before, after, *rest, None, out)
                 else:
                     ws, bs = wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j]
-                    backward_affine(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, f, c1, c2, g, ts, zs, out)
+                    backward_affine(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, *rest, None, out)
             j = e

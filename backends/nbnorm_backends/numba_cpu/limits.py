@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from nbnorm.parallel import thread_count
-from nbnorm_backends.numba_cpu.elements import LINE, plus, put
+from nbnorm_backends.numba_cpu.elements import plus, put
 from nbnorm_backends.numba_cpu.kernels import slice_of
 from nbnorm_backends.numba_cpu.pool import Pool
 
@@ -20,15 +19,8 @@ CHUNK = 65536  # elements, as in a norm
 _pool = Pool(thread_count())
 
 
-def empty(size: int) -> Array:
-    """float32 elements, uninitialised, that begin with a cache line: NumPy's own begin 16 bytes after one."""
-    raw = np.empty(size * 4 + LINE, np.uint8)
-    begin = -raw.ctypes.data % LINE
-    return raw[begin : begin + size * 4].view(np.float32)
-
-
 def move(x: Array, other: Array | None, y: Array, *, stream: bool) -> None:
-    """y = x, or x + other: float32, contiguous; past the caches with `stream`, for which y is one of `empty`."""
+    """y = x, or x + other: float32, contiguous; past the caches with `stream`, for which y begins with a cache line."""
     _pool.run(_move, math.ceil(x.size / CHUNK), (x, other, y, stream or None), parallel=x.size > 2 * CHUNK)
 
 

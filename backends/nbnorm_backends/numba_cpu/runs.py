@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from nbnorm_backends.numba_cpu import kernels
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.options import Joined, Options
+from nbnorm_backends.numba_cpu.outputs import streams
 from nbnorm_backends.numba_cpu.pool import Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -38,9 +39,11 @@ def forward(
     groups = _groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
     parallel = x.size > TUNING.serial
-    leap = scheduler.threads if parallel and x.size // stats.shape[1] <= TUNING.cached else 0
+    fetch = x.size >= TUNING.far and x.size // stats.shape[1] <= TUNING.cached
+    leap = scheduler.threads if fetch else 0
     found = groups, leap, _runs(x), w, b, center, eps, precise, find, stats
-    args = *found, *_options(x, options), *map(_optional, joined), _runs(y)
+    target = _runs(y)
+    args = *found, *_options(x, options), *map(_optional, joined), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)
 
 
@@ -74,7 +77,8 @@ def backward(
     shares = 0 if param_shape is None else 1 if once else chunks
     grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
     args = groups, _runs(dy), _runs(x), w, b, center, fixed, find, stats, coefficients, *_options(x, options)
-    outputs = _optional(addend), grads[0], grads[1], _optional(dz), _runs(dx)
+    target = _runs(dx)
+    outputs = _optional(addend), grads[0], grads[1], _optional(dz), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_backward, chunks, (*args, *outputs), parallel=x.size > TUNING.serial)
     if param_shape is None:
         return None, None

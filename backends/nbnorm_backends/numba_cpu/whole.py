@@ -17,15 +17,15 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nbnorm.backend import WHOLE_OPS
+from nbnorm_backends.numba_cpu import outputs
 from nbnorm_backends.numba_cpu.elements import INNER, at, borrowed, carried, load, store
-from nbnorm_backends.numba_cpu.kernels import PLAIN
+from nbnorm_backends.numba_cpu.kernels import PLAIN, ROW
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
 Array = NDArray[Any]
 
-# PLAIN and REDUCE for the loops over a row, of which a call would cost as much as a row of 16 elements.
-ROW = njit(fastmath={"contract"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
+# Of loops over a row a call would cost as much as a row of 16 elements.
 ROW_REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
 
 SHORT_ROW = 32  # rows of inner elements shorter than this are joined: 1.1 times faster for 9, 2.2 to 2.9 times for 1
@@ -45,24 +45,24 @@ class WholeOps:
     def local_response_norm(
         self, x: Array, window: tuple[int, int], alpha: float, beta: float, k: float, *, out: Array | None = None
     ) -> Array:
-        y = np.empty(x.shape, x.dtype) if out is None else out
+        y = outputs.empty(x.shape, x.dtype) if out is None else out
         self._respond(respond, (x, y), window, (alpha, beta, k))
         return y
 
     def local_response_norm_backward(
         self, dy: Array, x: Array, window: tuple[int, int], alpha: float, beta: float, k: float
     ) -> Array:
-        dx = np.empty(x.shape, x.dtype)
+        dx = outputs.empty(x.shape, x.dtype)
         self._respond(respond_backward, (x, dy, dx), window, (alpha, beta, k))
         return dx
 
     def normalize(self, x: Array, p: float, eps: float, *, out: Array | None = None) -> Array:
-        y = np.empty(x.shape, x.dtype) if out is None else out
+        y = outputs.empty(x.shape, x.dtype) if out is None else out
         self._divide((divide_runs, divide_columns), (x, y), (p, eps))
         return y
 
     def normalize_backward(self, dy: Array, x: Array, p: float, eps: float) -> Array:
-        dx = np.empty(x.shape, x.dtype)
+        dx = outputs.empty(x.shape, x.dtype)
         self._divide((divide_runs_backward, divide_columns_backward), (x, dy, dx), (p, eps))
         return dx
 
