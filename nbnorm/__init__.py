@@ -17,6 +17,7 @@ from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
 from nbnorm.operation import explain, vjp
 from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
 from nbnorm.parallel import threads
+from nbnorm.plan import Plan, plan
 from nbnorm.statistics import Moments
 from nbnorm.welford import Welford
 from nbnorm.whole import local_response_norm, normalize
@@ -34,6 +35,7 @@ __all__ = [
     "GroupNorm",
     "LayerNorm",
     "Moments",
+    "Plan",
     "Pullback",
     "SecondPullback",
     "Welford",
@@ -51,6 +53,7 @@ __all__ = [
     "moments",
     "norm_dropout",
     "normalize",
+    "plan",
     "rms_norm",
     "threads",
     "trace",

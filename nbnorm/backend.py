@@ -4,6 +4,7 @@ group ``nbnorm.backends``; see the guide "Writing a backend"."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import composed
-from nbnorm.arrays import read_only
+from nbnorm.arrays import overlap, read_only
 from nbnorm.statistics import Moments
 
 API_VERSION = 1
@@ -189,6 +190,42 @@ class Backend(ABC):
         if mask is None and epilogue.activation is None and epilogue.residual is None:
             return self.apply(x, mean, rstd, weight, bias, out=out), found, rstd
         return composed.apply(self, x, mean, rstd, weight, bias, mask, epilogue, out), found, rstd
+
+    def repeated(
+        self,
+        x: View,
+        weight: View | None,
+        bias: View | None,
+        eps: float,
+        *,
+        center: bool,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+        bound: bool = False,
+    ) -> Callable[..., Any]:
+        """`forward` with less to do, for calls like this one: a function (x, weight, bias, out) that returns y; with
+        `bound` a function (x, out), for weight and bias as they are when it is called.
+
+        It takes C-contiguous arrays of these sizes and dtypes, in shapes of the caller's, and None where there is none;
+        `shape` is that of x, y and `out`. With `bound` it returns None, and has done nothing, where `out` is neither x
+        nor memory apart from the inputs.
+        """
+        five, param_shape = x.shape, next((param.shape for param in (weight, bias) if param is not None), None)
+
+        def again(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            w, b = (None if param is None else param.reshape(param_shape) for param in (weight, bias))
+            target = None if out is None else out.reshape(five)
+            y, _, _ = self.forward(read_only(x.reshape(five)), w, b, eps, center=center, epilogue=epilogue, out=target)
+            return y.reshape(shape) if out is None else out
+
+        def again_if_apart(x: Any, out: Any) -> Any:
+            if out is not None:
+                others = weight, bias, None if out.ctypes.data == x.ctypes.data else x
+                if any(other is not None and overlap(out, other) for other in others):
+                    return None
+            return again(x, weight, bias, out)
+
+        return again_if_apart if bound else again
 
     def add_forward(
         self,

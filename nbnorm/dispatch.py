@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, distributions, entry_points
-from typing import Protocol
+from typing import Any, Protocol
 
 from nbnorm.backend import API_VERSION, WHOLE_OPS, Backend, Request
 from nbnorm.errors import BackendError
@@ -121,6 +121,7 @@ class Registry:
         self._loading: set[str] = set()
         self.forked = False  # whether this process is a forked child
         self._decided: dict[tuple[tuple[str, ...], str, Request], Decision] = {}
+        self.calls: dict[Any, Any] = {}  # what was remembered of calls: forgotten with the decisions
 
     def scan(self) -> dict[str, EntryPoint]:
         """The usable entry points by name, read on first use."""
@@ -136,7 +137,7 @@ class Registry:
                 if info not in self._refused and info.reason != KEPT_OUT:
                     log.warning("backend %r of %s is refused: %s", info.name, info.distribution, info.reason)
             self._points, self._refused = points, refused
-            self._decided.clear()
+            self._forget()
             return points
 
     def survive_fork(self) -> None:
@@ -147,7 +148,11 @@ class Registry:
     def _begin_child(self) -> None:
         """A backend may refuse in a forked child what it took before."""
         self.forked = True
+        self._forget()
+
+    def _forget(self) -> None:
         self._decided.clear()
+        self.calls.clear()
 
     def require(self, names: Iterable[str]) -> None:
         """BackendError unless every name belongs to a backend that was found; nothing is imported."""
@@ -173,7 +178,7 @@ class Registry:
                 found = self._loaded[name] = _load(point)
             finally:
                 self._loading.remove(name)
-                self._decided.clear()  # of what was decided without it meanwhile
+                self._forget()  # what was decided without it meanwhile
             if isinstance(found, str):
                 log.warning("backend %r %s", name, found)
             return found
@@ -416,11 +421,27 @@ def select(request: Request, backend: str | Backend | None, copies: tuple[str, .
         collected.append(decision)
     if decision.chosen is None:
         raise BackendError(str(decision))
+    return backend_of(decision, backend)
+
+
+def backend_of(decision: Decision, backend: str | Backend | None) -> Backend:
+    """The backend that was chosen, of those that the call names or the registry has."""
     if isinstance(backend, Backend):
         return backend
+    assert decision.chosen is not None
     found = registry.load(decision.chosen)
     assert isinstance(found, Backend)  # it was, when it was chosen, and what is loaded stays
     return found
+
+
+def preferred() -> tuple[str, ...] | None:
+    """The order of `use_backend` here."""
+    return _preferred.get()
+
+
+def traced() -> bool:
+    """Whether somebody collects the decisions made here."""
+    return bool(_traced.get())
 
 
 def environment_order() -> tuple[str, ...]:

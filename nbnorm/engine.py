@@ -135,9 +135,8 @@ class Placed:
 def place(call: Call) -> Placed:
     """Find the view of x in the order of its memory, and whether it needs a copy; nothing is copied here."""
     x, axes = call.x.view, call.axes
-    plain = x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative
     split = x.reshape(axes.shape)
-    plan = None if plain else layout.plan(axes, layout.memory_order(split.shape, split.strides))
+    plan = None if plain(x) else layout.plan(axes, layout.memory_order(split.shape, split.strides))
     plan = plan or layout.logical_plan(axes)
     ordered = split.transpose(plan.order)
     reason = ""
@@ -154,19 +153,19 @@ def place(call: Call) -> Placed:
     if call.dropped is not None:
         copies.append(f"x ({x.nbytes} bytes): elements are dropped from it before the norm")
     for name, operand in (("residual", call.residual), ("residual", call.addend)):
-        if operand is not None and not _plain(_ordered(operand.view, axes, plan.order)):
+        if operand is not None and not plain(_ordered(operand.view, axes, plan.order)):
             copies.append(f"{name} ({x.nbytes} bytes): it does not lie in memory as x does")
     return Placed(ordered, plan, bool(reason), tuple(copies))
 
 
-def _plain(array: NDArray[Any]) -> bool:
+def plain(array: NDArray[Any]) -> bool:
     return array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
 
 
 def view_like(array: NDArray[Any], axes: Axes, plan: Plan, *, copy: bool = True) -> NDArray[Any] | None:
     """`array`, of x's shape, as a C-contiguous five-axis view in the plan's order; without `copy`, None for no view."""
     ordered = _ordered(array, axes, plan.order)
-    if _plain(ordered):
+    if plain(ordered):
         return ordered.reshape(plan.layout)
     if not copy:
         return None

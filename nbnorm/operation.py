@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, Protocol
 
 from nbnorm import dispatch
 from nbnorm.backend import Grads
+from nbnorm.plan import key_of, recall, remember
 
 P = ParamSpec("P")
 
@@ -32,7 +33,14 @@ def operation(result: str) -> Callable[[Callable[P, Prepared]], Callable[P, Any]
     def decorate(prepare: Callable[P, Prepared]) -> Callable[P, Any]:
         @functools.wraps(prepare)
         def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-            return prepare(*args, **kwargs).forward()
+            key = key_of(run, args, kwargs)
+            found = recall(key)
+            if found is not None:
+                return found(args, kwargs)
+            call = prepare(*args, **kwargs)
+            result = call.forward()
+            remember(key, run, args, kwargs, call)
+            return result
 
         run.__annotations__ = {**prepare.__annotations__, "return": result}
         run.__signature__ = inspect.signature(prepare).replace(return_annotation=result)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,12 @@ from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved
 from nbnorm.dispatch import hold_over_fork
 from nbnorm.parallel import thread_count
 from nbnorm.statistics import Moments
-from nbnorm_backends.numba_cpu import columns, outputs, runs
+from nbnorm_backends.numba_cpu import columns, outputs, runs, small
 from nbnorm_backends.numba_cpu.elements import converts_float16
 from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
 from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
+from nbnorm_backends.numba_cpu.tuning import TUNING
 from nbnorm_backends.numba_cpu.whole import WholeOps
 
 Array = NDArray[Any]
@@ -74,6 +76,26 @@ class NumbaBackend(WholeOps, Backend):
         find = stats is None
         self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y, precise=precise)
         return y, _moments(x, table, mask) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
+
+    def repeated(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        *,
+        center: bool,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+        bound: bool = False,
+    ) -> Callable[..., Any]:
+        if _family(x) is runs and x.size <= TUNING.serial:
+            make = small.bound if bound else small.repeated
+            found = make(x, weight, bias, options_of(None, epilogue), center=center, eps=eps, shape=shape)
+            if found is not None:
+                return found
+        keys: dict[str, Any] = {"center": center, "epilogue": epilogue, "shape": shape, "bound": bound}
+        return super().repeated(x, weight, bias, eps, **keys)
 
     def add_forward(
         self,

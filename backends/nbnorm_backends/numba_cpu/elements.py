@@ -206,7 +206,7 @@ def chosen(choose: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
     def stub(*_: Any) -> Any:
         raise NotImplementedError("for kernels")
 
-    overload(stub, jit_options={"error_model": "numpy", **INNER})(choose)
+    overload(stub, jit_options={"error_model": "numpy", "forceinline": True, **INNER})(choose)
     return stub
 
 

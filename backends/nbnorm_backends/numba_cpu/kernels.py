@@ -54,7 +54,8 @@ PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
 # For steps within a row, which a call would slow down.
 ROW = njit(fastmath={"contract"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
 
-MEAN, RESIDUAL, M2, RSTD, COUNT = range(5)  # rows of the array of statistics, (5, groups)
+STATISTICS = 5
+MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
 STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
 ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
@@ -307,7 +308,7 @@ def mask_row(mask, constant, i, k, begin, end):
     return row[begin:end] if row.size > 1 else constant[1 if row[0] else 0, : end - begin]
 
 
-@PLAIN
+@ROW
 def param_run(param, k, j, m):
     """What of a parameter belongs to a run: a number of (r or 1, g, c), a row of (r or 1, g, c, s)."""
     return param[k if param.shape[0] > 1 else 0, j, m]
@@ -336,12 +337,12 @@ def part_of(array, i, begin, end):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-@PLAIN
+@ROW
 def group_size(x):
     return np.float64(x.shape[1] * x.shape[3] * x.shape[4])
 
 
-def first_of(mask, before, x, first):
+def first_of(mask, before, x, first, n):
     return activate(before, x, load(x, first))
 
 
@@ -356,22 +357,29 @@ def first_sums(mask, before, x, first):
     return count, total
 
 
-def mean_of_first(mask, before, x, first):
+def mean_of_first(mask, before, x, first, n):
+    if n < FEW:
+        return activate(before, x, load(x, first))
     count, total = first_sums(mask, before, x, first)
     return np.float64(np.float32(total / count))
 
 
 @chosen
-def pivot_of(mask, before, x, first):
-    """A number near the elements of a run, of which `first` counts; of equal values that value, exactly.
+def pivot_of(mask, before, x, first, n):
+    """A number near the n elements of a group, of a run of which `first` counts; of equal values that value, exactly.
 
-    For float64 it is the first. For float32 sums it is the mean of the first ones, which is nearer to that of all: less
-    is lost to rounding, and of normal data one group in 200 is summed again.
+    For float64 sums it is the first. For float32 sums it is the mean of the first ones, which is nearer to that of all:
+    less is lost to rounding, and of normal data one group in 200 is summed again.
     """
     return first_of if x.dtype == types.float64 else mean_of_first
 
 
-@optional(lambda mask, constant, before, x, i, j: (group_size(x), pivot_of(None, before, x[i, 0, j, 0], 0)))
+def whole_start(mask, constant, before, x, i, j):
+    n = group_size(x)
+    return n, pivot_of(None, before, x[i, 0, j, 0], 0, n)
+
+
+@optional(whole_start)
 def group_start(mask, constant, before, x, i, j):
     """(elements that count, a pivot) of the group (n, g) = (i, j). Where all are valid, the same as without a mask."""
     count = 0
@@ -381,7 +389,7 @@ def group_start(mask, constant, before, x, i, j):
             valid = mask_run(mask, constant, i, k, j, m)
             found, first = valid_in(valid)
             if count == 0 and found:
-                pivot = pivot_of(valid, before, x[i, k, j, m], first)
+                pivot = pivot_of(valid, before, x[i, k, j, m], first, group_size(x))
             count += found
     return np.float64(count), pivot
 
@@ -419,7 +427,7 @@ def fast_sums(x, mask, constant, before, i, j, pivot, n, center):
     return untrusted_sums if x.dtype == types.float64 else narrow_sums
 
 
-@PLAIN
+@ROW
 def group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stats):
     """Statistics of the group (i, j) into stats[:, p]; without centring about zero; `precise` asks for float64 sums."""
     n, first = group_start(mask, constant, before, x, i, j)
@@ -445,7 +453,7 @@ def group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stat
     stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] / n + eps)
 
 
-@PLAIN
+@ROW
 def power_of_two(size):
     """1 for a moderate number, else the power of two next to it, as far as float32 has one."""
     if 1.0 / MODERATE <= size <= MODERATE or not 0.0 < size < np.inf:
@@ -453,7 +461,7 @@ def power_of_two(size):
     return min(max(2.0 ** np.rint(np.log2(size)), 1.0 / TOP), TOP)
 
 
-@PLAIN
+@ROW
 def power_for(mean, scale):
     """The power of two by which x is multiplied so that differences from the mean become about 1, and what is left of
     the scale too; less where the mean would overflow."""
@@ -463,19 +471,19 @@ def power_for(mean, scale):
     return power
 
 
-@PLAIN
+@ROW
 def clamped(value):
     """A finite number as a finite float32: a difference of 0 times an infinite scale would be NaN."""
     return np.copysign(LARGEST, value) if LARGEST < abs(value) < np.inf else value
 
 
-@PLAIN
+@ROW
 def high_of(mean):
     """The float32 next to the mean, as a float64."""
     return np.float64(np.float32(clamped(mean)))
 
 
-@PLAIN
+@ROW
 def low_of(mean, high, scale):
     """What is left of the mean, times the scale."""
     return (high - mean) * scale if abs(scale) < np.inf else 0.0
@@ -488,7 +496,8 @@ def double_terms(x, mean, scale):
 def single_terms(x, mean, scale):
     power = power_for(mean, scale)
     high = high_of(mean)
-    return np.float32(power), np.float32(high * power), np.float32(clamped(scale / power)), low_of(mean, high, scale)
+    lowered = scale if power == 1.0 else scale / power
+    return np.float32(power), np.float32(high * power), np.float32(clamped(lowered)), low_of(mean, high, scale)
 
 
 @chosen

@@ -34,15 +34,15 @@ def forward(
     y: Array,
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
-    shape = _param_shape(weight, bias)
-    w, b = _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
-    groups = _groups_per_chunk(x)
+    shape = params_shape(weight, bias)
+    w, b = param_view(x, weight, shape, 1.0), param_view(x, bias, shape, 0.0)
+    groups = groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
     parallel = x.size > TUNING.serial
     fetch = x.size >= TUNING.far and x.size // stats.shape[1] <= TUNING.cached
     leap = scheduler.threads if fetch else 0
-    found = groups, leap, _runs(x), w, b, center, eps, precise, find, stats
-    target = _runs(y)
+    found = groups, leap, runs_view(x), w, b, center, eps, precise, find, stats
+    target = runs_view(y)
     args = *found, *_options(x, options), *map(_optional, joined), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)
 
@@ -66,9 +66,9 @@ def backward(
     dx: Array,
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
-    shape = param_shape or _param_shape(weight, bias)
-    w, b = _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
-    groups = _groups_per_chunk(x)
+    shape = param_shape or params_shape(weight, bias)
+    w, b = param_view(x, weight, shape, 1.0), param_view(x, bias, shape, 0.0)
+    groups = groups_per_chunk(x)
     once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
     if param_shape is not None and not once:
         most = min(TUNING.shares, max(1, x.size // (TUNING.thin * math.prod(w.shape))))
@@ -76,8 +76,8 @@ def backward(
     chunks = math.ceil(stats.shape[1] / groups)
     shares = 0 if param_shape is None else 1 if once else chunks
     grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
-    args = groups, _runs(dy), _runs(x), w, b, center, fixed, find, stats, coefficients, *_options(x, options)
-    target = _runs(dx)
+    args = groups, runs_view(dy), runs_view(x), w, b, center, fixed, find, stats, coefficients, *_options(x, options)
+    target = runs_view(dx)
     outputs = _optional(addend), grads[0], grads[1], _optional(dz), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_backward, chunks, (*args, *outputs), parallel=x.size > TUNING.serial)
     if param_shape is None:
@@ -86,14 +86,14 @@ def backward(
     return dweight, dbias
 
 
-def _runs(array: Array) -> Array:
+def runs_view(array: Array) -> Array:
     """(n, r, g, c, s) with the run last: where s is 1 the run is along c."""
     view = carried(array)
     return view.swapaxes(3, 4) if array.shape[4] == 1 else view
 
 
 def _optional(array: Array | None) -> Array | None:
-    return None if array is None else _runs(array)
+    return None if array is None else runs_view(array)
 
 
 def _options(x: Array, options: Options) -> tuple[Any, ...]:
@@ -104,17 +104,17 @@ def _options(x: Array, options: Options) -> tuple[Any, ...]:
     return _optional(options.residual), mask, options.before, options.after
 
 
-def _groups_per_chunk(x: Array) -> int:
+def groups_per_chunk(x: Array) -> int:
     group: int = x.shape[1] * x.shape[3] * x.shape[4]
     return max(1, TUNING.chunk // group)
 
 
-def _param_shape(weight: Array | None, bias: Array | None) -> tuple[int, ...]:
+def params_shape(weight: Array | None, bias: Array | None) -> tuple[int, ...]:
     given = weight if weight is not None else bias
     return (1, 1, 1, 1, 1) if given is None else given.shape
 
 
-def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
+def param_view(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
     """A parameter as kernels take it: (r or 1, g, c), with rows along the run where it has them.
 
     In the type that x is computed in; float64 too where the engine computed it.

@@ -1,0 +1,179 @@
+"""Calls that are made again: what is remembered of them, and plans."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbnorm
+from nbnorm.dispatch import registry
+from oracle import norm
+
+RNG = np.random.default_rng(0)
+X, OTHER = RNG.normal(size=(2, 4, 6, 5, 3)).astype("f4")
+W, B = np.linspace(0.5, 2, 6).astype("f4"), np.linspace(-1, 1, 6).astype("f4")
+ROW_W, ROW_B = np.linspace(0.5, 2, 3).astype("f4"), np.linspace(-1, 1, 3).astype("f4")
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "layer": (nbnorm.layer_norm, {"normalized_shape": 3, "weight": ROW_W, "bias": ROW_B}),
+    "layer, weight alone": (nbnorm.layer_norm, {"normalized_shape": 3, "weight": ROW_W}),
+    "layer over axis 1": (nbnorm.layer_norm, {"axis": 1, "weight": W, "bias": B}),
+    "rms": (nbnorm.rms_norm, {"normalized_shape": (5, 3), "activation": "silu"}),
+    "rms, act first": (nbnorm.rms_norm, {"normalized_shape": 3, "activation": "relu", "order": "act_norm"}),
+    "batch": (nbnorm.batch_norm, {"training": True, "weight": W, "bias": B}),
+    "batch, last": (nbnorm.batch_norm, {"training": True, "channel_axis": -1, "bias": ROW_B}),
+    "group": (nbnorm.group_norm, {"num_groups": 2, "weight": W, "bias": B}),
+    "instance": (nbnorm.instance_norm, {"weight": W}),
+    "with a mask": (nbnorm.layer_norm, {"normalized_shape": 3, "mask": OTHER > 0}),
+    "with a residual": (nbnorm.instance_norm, {"residual": OTHER, "activation": "gelu"}),
+    "moments": (nbnorm.layer_norm, {"normalized_shape": 3, "return_moments": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> None:
+    registry.calls.clear()
+
+
+def first_of(result: Any) -> Any:
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_later_calls_give_the_same_bits(name: str, backend: str) -> None:
+    op, keys = CALLS[name]
+    expected = [first_of(op(x, **keys, backend=backend)) for x in (X, OTHER)]
+    remembered = len(registry.calls)
+    assert remembered == (0 if name in ("with a mask", "with a residual", "moments") else 1)
+    registry.calls.clear()
+    fresh = [first_of(op(x, **keys, backend=backend)) for x in (OTHER, X)][::-1]
+    plan = nbnorm.plan(op, X, **keys, backend=backend)
+    out, alias = np.empty_like(X), X.copy()
+    found = [first_of(plan(x)) for x in (X, OTHER)]
+    assert first_of(plan(X, out=out)) is out
+    assert first_of(plan(alias, out=alias)) is alias
+    for ours in (fresh, found, (out, expected[1]), (alias, expected[1])):
+        for a, b in zip(ours, expected, strict=True):
+            assert a.tobytes() == b.tobytes()
+    assert len(registry.calls) == remembered
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f2", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("param", ["same", "f4"])
+def test_dtypes(dtype: Any, param: str, backend: str) -> None:
+    x, other = X.astype(dtype), OTHER.astype(dtype)
+    w = ROW_W.astype(dtype if param == "same" or dtype == "f8" else param)
+    expected = nbnorm.layer_norm(other, 3, w, backend=backend)
+    registry.calls.clear()
+    nbnorm.layer_norm(x, 3, w, backend=backend)
+    plan = nbnorm.plan(nbnorm.layer_norm, x, 3, w, backend=backend)
+    for y in (nbnorm.layer_norm(other, 3, w, backend=backend), plan(other)):
+        assert y.dtype == x.dtype
+        assert y.tobytes() == expected.tobytes()
+
+
+def test_a_plan_sees_what_is_written_to_its_parameters(backend: str) -> None:
+    weight, mean, var = np.ones(6, "f4"), np.zeros(6, "f4"), np.ones(6, "f4")
+    plan = nbnorm.plan(nbnorm.batch_norm, X, mean, var, weight, training=True, backend=backend)
+    plan(X)
+    weight *= 2
+    y = plan(OTHER)
+    np.testing.assert_allclose(y, norm("batch_norm", OTHER, weight).y.astype("f4"), atol=2e-6)
+    wanted_mean, wanted_var = np.zeros(6, "f4"), np.ones(6, "f4")
+    for x in (X, OTHER):
+        nbnorm.batch_norm(x, wanted_mean, wanted_var, training=True, backend=backend)
+    np.testing.assert_array_equal(mean, wanted_mean)
+    np.testing.assert_array_equal(var, wanted_var)
+    rows = np.ones(3, "f4")
+    plan = nbnorm.plan(nbnorm.layer_norm, X, 3, rows, backend=backend)
+    rows *= 3
+    np.testing.assert_array_equal(plan(X), nbnorm.layer_norm(X, 3, rows, backend=backend))
+
+
+def test_arrays_swapped_between_calls(backend: str) -> None:
+    """Weight and bias are found by name, also where one array was given for both."""
+    nbnorm.layer_norm(X, 3, ROW_W, ROW_W, backend=backend)
+    y = nbnorm.layer_norm(X, 3, ROW_W, ROW_B, backend=backend)
+    assert len(registry.calls) == 1
+    np.testing.assert_allclose(y, norm("layer_norm", X, ROW_W, ROW_B, axes=(3,)).y.astype("f4"), atol=2e-6)
+
+
+def test_what_differs_is_checked_anew() -> None:
+    nbnorm.layer_norm(X, 3, ROW_W, eps=1, backend="numba")
+    for bad in (
+        {"normalized_shape": 3.0},
+        {"eps": True},
+        {"weight": ROW_W[:2]},
+        {"weight": ROW_W.astype("f8")},
+        {"backend": "nothing"},
+        {"activation": "relu6"},
+    ):
+        keys = {"normalized_shape": 3, "weight": ROW_W, "eps": 1, "backend": "numba", **bad}
+        with pytest.raises((ValueError, TypeError, nbnorm.BackendError)):
+            nbnorm.layer_norm(X, **keys)
+    strided = nbnorm.layer_norm(np.asfortranarray(X), 3, ROW_W, eps=1, backend="numba")
+    np.testing.assert_allclose(strided, nbnorm.layer_norm(X, 3, ROW_W, eps=1), atol=1e-6)
+
+
+def test_preference_and_trace_are_heard() -> None:
+    nbnorm.layer_norm(X, 3, backend=None)
+    with nbnorm.trace() as decisions:
+        nbnorm.layer_norm(X, 3, backend=None)
+        with nbnorm.use_backend("numpy"):
+            nbnorm.layer_norm(X, 3, backend=None)
+    assert [decision.chosen for decision in decisions] == ["numba", "numpy"]
+    nbnorm.layer_norm(X, 3, backend=None)
+    assert len(registry.calls) == 1
+    registry.rescan()
+    assert not registry.calls
+
+
+def test_nothing_of_the_callers_is_kept() -> None:
+
+    class Watched(np.ndarray):
+        pass
+
+    memory = RNG.normal(size=(4, 3)).astype("f4").view(Watched)
+    watch = weakref.ref(memory)
+    x = np.asarray(memory)
+    nbnorm.layer_norm(x, 3, backend="numba")
+    assert registry.calls
+    del memory, x
+    gc.collect()
+    assert watch() is None
+
+
+def test_bad_input_of_a_plan(backend: str) -> None:
+    plan = nbnorm.plan(nbnorm.layer_norm, X, 3, ROW_W, backend=backend)
+    sealed = np.empty_like(X)
+    sealed.flags.writeable = False
+    pair = np.zeros((2, *X.shape), "f4").reshape(-1)
+    part = pair[1 : 1 + X.size].reshape(X.shape)
+    first = pair[: X.size].reshape(X.shape)
+    for error, match, x, out in (
+        (ValueError, "x must have the first x's shape", X[:2], None),
+        (ValueError, "x must have the first x's shape", X.astype("f8"), None),
+        (TypeError, "x must be an array", [1.0], None),
+        (ValueError, "out must have x's shape", X, np.empty((4, 6, 5), "f4")),
+        (ValueError, "out must be writable", X, sealed),
+        (ValueError, "out must be writable", sealed, sealed),
+        (ValueError, "out must be x itself or memory apart", first, part),
+    ):
+        with pytest.raises(error, match=match):
+            plan(x, out=out)
+    assert not pair.any()
+    for call in (
+        lambda: nbnorm.plan(nbnorm.layer_norm, X, 3, out=np.empty_like(X)),
+        lambda: nbnorm.plan(nbnorm.moments, X),
+        lambda: nbnorm.plan(len, X),
+    ):
+        with pytest.raises(TypeError):
+            call()
+    whole = np.zeros(X.size, "f4")
+    plan = nbnorm.plan(nbnorm.layer_norm, X, 3, whole[:3], backend=backend)
+    with pytest.raises(ValueError, match="out must not overlap weight"):
+        plan(X, out=whole.reshape(X.shape))
