@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 import nbnorm
-from nbnorm_backends.numba_cpu.elements import converts_float16
 
 DOCS = Path(__file__).parents[1] / "docs"
 PACKAGE = Path(nbnorm.__file__).parent
@@ -119,8 +118,6 @@ def test_accuracy_table_is_fresh() -> None:
 
 
 def test_table_of_options_is_fresh() -> None:
-    if not converts_float16():
-        pytest.skip("this processor does not convert float16, of which the table tells in a sentence")
     assert runpy.run_path(str(DOCS / "options.py"))["table"]() in (DOCS / "options.md").read_text()
 
 
