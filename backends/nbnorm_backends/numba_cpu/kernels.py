@@ -26,6 +26,8 @@ that check and was 15 times slower.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, types
 
@@ -135,32 +137,43 @@ def rest_sums(x, begin, pivot, mask, before):
     return s, q
 
 
-@chosen
-def width_of(rest, before, after):
-    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left.
-
-    None with a polynomial, which LLVM would not unroll, and so not turn into vectors: gelu's pullback took 5 times as
-    long.
-    """
-    if curved(before, after):
-        return lambda rest, before, after: 0
-    return lambda rest, before, after: min(WIDTH, rest // (ROWS * LANES) * LANES)
-
-
 @PLAIN
-def sums(x, pivot, mask, before):
-    """`block_sums` of the row."""
+def width_of(rest):
+    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
+    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+
+
+def in_blocks(real: Any, *activations: Any) -> bool:
+    """Whether a row is summed in blocks where it is computed in the type `real`.
+
+    In float64 one loop over the row takes a third to two thirds of the time. A polynomial LLVM would not unroll in a
+    block, and so not turn into vectors: gelu's pullback took 5 times as long.
+    """
+    return real == types.float32 and not curved(*activations)
+
+
+def plain_sums(x, pivot, mask, before):
+    return rest_sums(x, 0, pivot, mask, before)
+
+
+def blocked_sums(x, pivot, mask, before):
     s = 0.0
     q = 0.0
     begin = 0
-    while width_of(x.size - begin, before, before):
-        width = width_of(x.size - begin, before, before)
+    while width_of(x.size - begin):
+        width = width_of(x.size - begin)
         ds, dq = block_sums(x, begin, width, pivot, mask, before)
         s += ds
         q += dq
         begin += ROWS * width
     ds, dq = rest_sums(x, begin, pivot, mask, before)
     return s + ds, q + dq
+
+
+@chosen
+def sums(x, pivot, mask, before):
+    """`block_sums` of the row."""
+    return blocked_sums if in_blocks(pivot, before) else plain_sums
 
 
 @PLAIN
@@ -232,14 +245,16 @@ def rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, ma
     return s, q
 
 
-@PLAIN
-def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """`block_backward_sums` of the row."""
+def plain_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    return rest_backward_sums(0, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights)
+
+
+def blocked_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     s = 0.0
     q = 0.0
     begin = 0
-    while width_of(x.size - begin, before, after):
-        width = width_of(x.size - begin, before, after)
+    while width_of(x.size - begin):
+        width = width_of(x.size - begin)
         ds, dq = block_backward_sums(
             begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
         )
@@ -248,6 +263,12 @@ def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, 
         begin += ROWS * width
     ds, dq = rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights)
     return s + ds, q + dq
+
+
+@chosen
+def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    """`block_backward_sums` of the row."""
+    return blocked_backward_sums if in_blocks(scale, before, after) else plain_backward_sums
 
 
 @PLAIN
