@@ -156,14 +156,15 @@ def test_norms_on_a_bare_processor() -> None:
 
 @pytest.mark.slow
 def test_all_norms_on_a_bare_processor() -> None:
-    code = "import test_halves, test_norms; test_halves.check_norms(*(case.name for case in test_norms.NORMS))"
+    code = "import test_halves, cases; test_halves.check_norms(*(case.name for case in cases.NORMS))"
     assert on_a_bare_processor(code) == "numba ran 30"
 
 
 def check_norms(*names: str) -> None:
     import nbnorm
+    from cases import NORMS, data
     from test_activations import test_halves_are_rounded_once
-    from test_norms import NORMS, check, data
+    from test_norms import check
 
     cases = [case for case in NORMS if case.name in names]
     for case in cases:
