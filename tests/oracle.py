@@ -20,6 +20,8 @@ class Result:
     """y, the statistics of each slice by its index, and for a dy the gradients.
 
     The sizes are those of the terms that y and dx are sums of, at least 1: rounding errors are in proportion to them.
+    The far sizes have the mean among these terms, in standard deviations, and one standard deviation: float64 has no
+    wider type for the mean, which is rounded before it is subtracted.
     """
 
     y: Any
@@ -30,6 +32,11 @@ class Result:
     dbias: Any = None
     y_size: Any = None
     dx_size: Any = None
+    dweight_size: Any = None
+    dbias_size: Any = None
+    y_far: Any = None
+    dx_far: Any = None
+    dweight_far: Any = None
 
 
 def slices(x: Any, op: str, *, channel_axis: int = 1, num_groups: int = 1, axes: tuple[int, ...] = ()) -> Any:
@@ -84,7 +91,7 @@ def norm(
     w = _spread(weight, x, op, channel_axis, axes, 1.0)
     b = _spread(bias, x, op, channel_axis, axes, 0.0)
     result = Result(np.empty_like(x), {}, {}, None if dy is None else np.empty_like(x))
-    xhat, dx_size = np.empty_like(x), np.ones_like(x)
+    xhat, far, dx_size, dx_far = np.empty_like(x), np.empty_like(x), np.ones_like(x), np.zeros_like(x)
     with np.errstate(all="ignore"):
         for stat, index in slices(x, op, channel_axis=channel_axis, num_groups=num_groups, axes=axes):
             values = x[index]
@@ -99,6 +106,7 @@ def norm(
             root = np.sqrt(var + Wide(eps))
             result.mean[stat], result.var[stat] = mean, var
             xhat[index] = (values - mean) / root
+            far[index] = 1 + abs(xhat[index]) + abs(mean) / root
             if dy is not None:
                 g = np.asarray(dy).astype(Wide)[index] * w[index]
                 dx = g / root  # through the numerator
@@ -111,15 +119,20 @@ def norm(
                         dmean = -g.sum() / root  # the variance does not change with the mean: sum(x - mean) = 0
                         dx = dx + dvar * 2 * (values - mean) / values.size + dmean / values.size
                 result.dx[index] = dx
-                size = abs(g)
+                size, size_far = abs(g), abs(g)
                 if fixed is None:
-                    size = size + abs(g).mean() * (op != "rms_norm") + abs(xhat[index]) * abs(g * xhat[index]).mean()
-                dx_size[index] = size / root
+                    size = size + abs(g).mean() * (op != "rms_norm")
+                    size_far = size + far[index] * abs(g * far[index]).mean()
+                    size = size + abs(xhat[index]) * abs(g * xhat[index]).mean()
+                dx_size[index], dx_far[index] = size / root, size_far / root
         result.y = xhat * w + b
         result.y_size, result.dx_size = np.maximum(abs(xhat * w) + abs(b), 1), np.maximum(dx_size, 1)
+        result.y_far, result.dx_far = far * abs(w) + abs(b), dx_far
     if dy is not None:
         wide = np.asarray(dy).astype(Wide)
         carrying = axes if op in ("layer_norm", "rms_norm") else (channel_axis % x.ndim,)
         others = tuple(a for a in range(x.ndim) if a not in carrying)
         result.dweight, result.dbias = (wide * xhat).sum(axis=others), wide.sum(axis=others)
+        result.dweight_size = abs(wide * np.maximum(abs(xhat), 1)).sum(axis=others)
+        result.dweight_far, result.dbias_size = abs(wide * far).sum(axis=others), abs(wide).sum(axis=others)
     return result

@@ -1,5 +1,5 @@
 """The Numba backend's own promises: bits that do not depend on threads, schedulers and neighbours; threads and forks
-of other people's programs; halves without F16C."""
+of other people's programs."""
 
 from __future__ import annotations
 
@@ -409,20 +409,3 @@ def test_wrong_settings_are_reported() -> None:
         printed = fresh_process("print(nbnorm.explain(nbnorm.batch_norm, x, training=True))", **{name: value})
         assert message in printed
         assert "float32: numpy" in printed
-
-
-def test_float16_without_f16c_is_refused_not_run() -> None:
-    """On a processor without the instructions LLVM would call a function that is not there, and crash."""
-    printed = fresh_process(
-        """
-        half = x[:2].astype("f2")
-        print(nbnorm.explain(nbnorm.batch_norm, half, training=True))
-        y = nbnorm.batch_norm(half, training=True)
-        print(bool(np.isfinite(y.astype("f4")).all()), nbnorm.explain(nbnorm.batch_norm, x, training=True).chosen)
-        """,
-        NUMBA_CPU_NAME="x86-64",
-        NUMBA_CPU_FEATURES="",
-    )
-    assert "float16: numpy" in printed
-    assert "not numba: float16 needs the F16C instructions" in printed
-    assert printed.endswith("True numba")

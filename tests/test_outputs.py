@@ -48,7 +48,9 @@ def results(x: Any, rows: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8", "f2", ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", ["f4", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("f8", "f2", ml_dtypes.bfloat16))]
+)
 def test_stores_past_the_caches_change_no_bit(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, rows = X.astype(dtype), ROWS.astype(dtype)
     monkeypatch.setattr(outputs, "STREAM", 1 << 60)

@@ -15,6 +15,7 @@ from nbnorm.statistics import Moments
 
 Array = NDArray[Any]
 REDUCED = (1, 3, 4)
+BLOCK = 32  # rows that are added one by one
 
 
 class NumpyBackend(Backend):
@@ -29,16 +30,17 @@ class NumpyBackend(Backend):
         with np.errstate(invalid="ignore", over="ignore"):
             if not center:
                 zeros = np.zeros((x.shape[0], x.shape[2]))
-                return Moments(count, zeros, np.sum(wide * wide, axis=REDUCED))
+                return Moments(count, zeros, _sum(wide * wide, REDUCED)[:, 0, :, 0, 0])
             pivot = wide[:, :1, :, :1, :1]
             deviation = wide - pivot
-            mean = deviation.mean(axis=REDUCED)
-            deviation -= _stat(mean)
-            rest = deviation.mean(axis=REDUCED)
-            m2 = np.sum(deviation * deviation, axis=REDUCED) - count * rest * rest
-            first, step = pivot[:, 0, :, 0, 0], mean + rest
-            total = first + step
-            return Moments(count, total, np.maximum(m2, 0.0), (first - total) + step)
+            mean = _sum(deviation, REDUCED) / count
+            deviation -= mean
+            rest = _sum(deviation, REDUCED) / count
+            m2 = _sum(deviation * deviation, REDUCED) - count * rest * rest
+            step = mean + rest
+            total = pivot + step
+            found = total, np.maximum(m2, 0.0), (pivot - total) + step
+            return Moments(count, *(part[:, 0, :, 0, 0] for part in found))
 
     def apply(
         self, x: Array, mean: Array | None, rstd: Array, weight: Array | None, bias: Array | None, *, out: Array | None
@@ -69,11 +71,12 @@ class NumpyBackend(Backend):
             dweight = dbias = None
             if param_shape is not None:
                 shared = tuple(axis for axis in range(5) if param_shape[axis] == 1)
-                dweight, dbias = product.sum(shared, keepdims=True), wide.sum(shared, keepdims=True)
+                dweight, dbias = _sum(product, shared), _sum(wide, shared)
             if weight is not None:
                 wide *= weight
                 product *= weight
-            return wide.sum(REDUCED), product.sum(REDUCED), dweight, dbias
+            s1, s2 = (_sum(part, REDUCED)[:, 0, :, 0, 0] for part in (wide, product))
+            return s1, s2, dweight, dbias
 
     def backward_apply(
         self,
@@ -134,6 +137,26 @@ class NumpyBackend(Backend):
             if p != 0.0:
                 dx -= np.where(total == 0.0, 0.0, total * _norm_slope(wide, norm, p))
             return _rounded(dx / bound, x.dtype)
+
+
+def _sum(array: Array, axes: tuple[int, ...]) -> Array:
+    """Over `axes`, which keep length 1.
+
+    NumPy adds pairwise along the innermost axis, and one by one along the others: there in blocks, and these again, for
+    the errors of a long sum of few values do not cancel.
+    """
+    innermost = max((axis for axis in range(5) if array.shape[axis] > 1), default=4)
+    for axis in axes:
+        while axis != innermost and array.shape[axis] > BLOCK:
+            array = _blocks(array, axis)
+    return np.asarray(array.sum(axis=axes, keepdims=True))
+
+
+def _blocks(array: Array, axis: int) -> Array:
+    """Sums of BLOCK neighbours along an axis, and the elements that are left."""
+    whole, rest = np.split(array, [array.shape[axis] // BLOCK * BLOCK], axis)
+    shape = *array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :]
+    return np.concatenate([whole.reshape(shape).sum(axis=axis + 1), rest], axis)
 
 
 def _rounded(wide: Array, dtype: np.dtype[Any], out: Array | None = None) -> Array:

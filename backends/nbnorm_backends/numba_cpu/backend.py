@@ -16,7 +16,6 @@ from nbnorm.dispatch import hold_over_fork
 from nbnorm.parallel import thread_count
 from nbnorm.statistics import Moments
 from nbnorm_backends.numba_cpu import columns, outputs, runs, small
-from nbnorm_backends.numba_cpu.elements import converts_float16
 from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
 from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
@@ -38,14 +37,9 @@ class NumbaBackend(WholeOps, Backend):
 
     def __init__(self) -> None:
         self.scheduler = _scheduler()
-        self._float16 = converts_float16()
 
     def reject(self, request: Request) -> str | None:
-        if isinstance(self.scheduler, Prange) and (reason := self.scheduler.refusal()):
-            return reason
-        if request.dtype == "float16" and not self._float16:
-            return "float16 needs the F16C instructions, which this processor (or NUMBA_CPU_NAME) lacks"
-        return None
+        return self.scheduler.refusal() if isinstance(self.scheduler, Prange) else None
 
     def fuses(self, request: Request) -> bool:
         return True

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nbnorm_backends.numba_cpu import kernels, merging
 from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.kernels import FEW, NEAR
+from nbnorm_backends.numba_cpu.kernels import FEW, NEAR, NEAR_PIVOT, POOR_PIVOT
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.outputs import streams
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
@@ -152,7 +152,8 @@ def _find(
     first = pivot.astype(np.float32) if narrow else pivot
     grid.run(kernels.columns_sums, view, first, mask, before, *map(grid.optional, joined), part)
     merging.merge_shares(part, sums)
-    if merging.doubt(sums, float(rows), center, narrow, pivot, doubted):
+    farthest = POOR_PIVOT if x.itemsize < 8 and not narrow else NEAR_PIVOT
+    if merging.doubt(sums, float(rows), center, narrow, farthest, pivot, doubted):
         again = np.empty_like(sums)
         grid.run(kernels.columns_sums, view, pivot, mask, before, None, None, None, part)
         merging.merge_shares(part, again)
@@ -161,18 +162,19 @@ def _find(
 
 
 def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined, narrow: bool) -> Array:
-    """A pivot for every column (n, w): where float32 is summed the mean of its first elements (see `kernels.pivot_of`),
-    else u of the first that counts; 0 where none does."""
+    """A pivot for every column (n, w): where sums are in the type of x the mean of its first elements (see
+    `kernels.pivot_of`), else u of the first that counts; 0 where none does."""
     shape = grid.shape[0], grid.shape[2]
     if joined.source is not None:
         first, other = (np.asarray(part).reshape(grid.shape)[:, 0].astype(np.float64) for part in joined[:2])
         return (first + other).astype(x.dtype).astype(np.float64)
     if mask is None and before is IDENTITY:
         first = x.reshape(grid.shape)
-        if not narrow:
-            return first[:, 0].astype(np.float64, order="C")
-        with np.errstate(invalid="ignore"):
-            return np.asarray(first[:, :NEAR].mean(axis=1, dtype=np.float64)).astype(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            if narrow:
+                return np.asarray(first[:, :NEAR].mean(axis=1, dtype=np.float64)).astype(np.float32).astype(np.float64)
+            origin: Array = first[:, 0].astype(np.float64, order="C")
+            return origin if x.itemsize < 8 else origin + (first[:, :NEAR] - origin[:, None]).mean(axis=1)
     pivot, found = np.zeros(shape), np.zeros(shape)
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)

@@ -33,9 +33,9 @@ def carried(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def converts_float16() -> bool:
-    """Whether the machine code that Numba makes here can convert float16: x86 needs the F16C instructions.
+    """Whether one instruction converts float16: on x86 F16C has it.
 
-    Without them LLVM calls a library function that is not linked, and the process dies.
+    Where none does, LLVM calls a library function that is not linked, and the process dies: so bits are converted.
     """
     return _instructions("f16c")
 
@@ -46,9 +46,10 @@ def fuses_multiply_add() -> bool:
 
 
 def _instructions(name: str) -> bool:
-    """Whether Numba makes code with this extension of x86; what it stands for is part of every other processor."""
-    if not llvmlite.binding.get_default_triple().startswith(("x86_64", "i686")):
-        return True
+    """Whether Numba makes code with this extension of x86; AArch64 has what it stands for, others count as without."""
+    triple = llvmlite.binding.get_default_triple()
+    if not triple.startswith(("x86_64", "i686")):
+        return bool(triple.startswith(("aarch64", "arm64")))
     if config.CPU_NAME or config.CPU_FEATURES is not None:  # a processor named by the user: only what is spelled out
         return f"+{name}" in (config.CPU_FEATURES or "")
     return bool(llvmlite.binding.get_host_cpu_features().get(name, False))
@@ -231,7 +232,7 @@ def _loaded(context: Any, builder: Any, operand: Any, value: Any, index: Any, re
     if isinstance(operand, types.Array):
         value = builder.load(_pointer(context, builder, operand, value, index))
         if operand.dtype == types.uint16:
-            value = builder.fpext(builder.bitcast(value, F16), F32)
+            value = _from_float16(builder, value)
         elif operand.dtype == types.int16:
             value = builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
     return _converted(builder, value, F32 if real == types.float32 else F64)
@@ -249,7 +250,7 @@ def _store(
 ) -> None:
     value = _converted(builder, value, F64 if array.dtype == types.float64 else F32)
     if array.dtype == types.uint16:
-        value = builder.bitcast(builder.fptrunc(value, F16), I16)
+        value = _float16_bits(builder, value)
     elif array.dtype == types.int16:
         value = _bfloat16_bits(builder, value)
     pointer = _pointer(context, builder, array, target, index)
@@ -264,6 +265,45 @@ def _pointer(context: Any, builder: Any, array: Any, value: Any, index: Any) -> 
     view = context.make_array(array)(context, builder, value)
     indices = list(index) if isinstance(index, tuple | list) else [index]
     return cgutils.get_item_pointer(context, builder, array, view, indices, wraparound=False)
+
+
+def _from_float16(builder: Any, half: Any) -> Any:
+    """The float32 that is equal to a float16, from its bits: exponents are 112 higher, mantissas 13 bits longer.
+
+    Every case is computed and one selected, so that loops stay vectors. No float32 on the way is denormal: a program
+    may have them count as zero.
+    """
+    if converts_float16():
+        return builder.fpext(builder.bitcast(half, F16), F32)
+    word = builder.zext(half, I32)
+    size = builder.and_(word, I32(0x7FFF))
+    longer = builder.shl(size, I32(13))
+    normal = builder.add(longer, I32(112 << 23))
+    special = builder.or_(longer, I32(0x7F800000))  # infinity and NaN
+    denormal = builder.bitcast(builder.fmul(builder.sitofp(size, F32), F32(2.0**-24)), I32)
+    found = builder.select(builder.icmp_unsigned("<", size, I32(0x7C00)), normal, special)
+    found = builder.select(builder.icmp_unsigned("<", size, I32(0x0400)), denormal, found)
+    sign = builder.shl(builder.and_(word, I32(0x8000)), I32(16))
+    return builder.bitcast(builder.or_(found, sign), F32)
+
+
+def _float16_bits(builder: Any, value: Any) -> Any:
+    """The bits of a float32 rounded to float16, to nearest, ties to even; a NaN becomes the quiet one of its sign."""
+    if converts_float16():
+        return builder.bitcast(builder.fptrunc(value, F16), I16)
+    word = builder.bitcast(value, I32)
+    size = builder.and_(word, I32(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(word, I32(13)), I32(1))
+    normal = builder.lshr(builder.add(size, builder.sub(odd, I32((112 << 23) - 0xFFF))), I32(13))
+    # Behind 1/2 the last place of a float32 is that of denormal halves. "nsz" is without effect: instructions with no
+    # flag of their own get those of the kernel, of which "contract" would round a product before it only here.
+    rounded = builder.fadd(builder.bitcast(size, F32), F32(0.5), flags=("nsz",))
+    denormal = builder.sub(builder.bitcast(rounded, I32), I32(0x3F000000))
+    found = builder.select(builder.icmp_unsigned("<", size, I32(113 << 23)), denormal, normal)
+    found = builder.select(builder.icmp_unsigned("<", size, I32(143 << 23)), found, I32(0x7C00))
+    found = builder.select(builder.icmp_unsigned(">", size, I32(0x7F800000)), I32(0x7E00), found)
+    sign = builder.and_(builder.lshr(word, I32(16)), I32(0x8000))
+    return builder.trunc(builder.or_(found, sign), I16)
 
 
 def _bfloat16_bits(builder: Any, value: Any) -> Any:

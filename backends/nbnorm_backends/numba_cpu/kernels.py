@@ -26,6 +26,8 @@ that check and was 15 times slower.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, types
 
@@ -61,11 +63,12 @@ STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32,
 ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
 WIDTH = 512  # columns of a block of a run, at most
 LANES = 16  # of float32 in a vector
+PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
 FEW = 128  # groups of fewer are summed in float64: with many elements rounding errors cancel
-NEAR = 32  # elements whose mean is the pivot of float32 sums
-NEAR_PIVOT = 0.25  # float32 sums are trusted where (sum of deviations)^2 <= n * m2 / 4: beyond it errors are amplified
-POOR_PIVOT = 8.0  # float64 sums are done again about the mean where it is > 8 * n * m2: beyond it a digit is lost
+NEAR = 32  # elements whose mean is the pivot of sums in the type of x
+NEAR_PIVOT = 0.25  # such sums are trusted where (sum of deviations)^2 <= n * m2 / 4: beyond it errors are amplified
+POOR_PIVOT = 8.0  # float64 sums of narrower types are, up to 8 * n * m2: beyond it a digit is lost
 TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
 MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
 TOP = 2.0**126  # the last power of two but one that float32 has, and the reciprocal of its smallest normal number
@@ -124,44 +127,61 @@ def block_sums(x, begin, width, pivot, mask, before):
 
 
 @REDUCE
-def rest_sums(x, begin, pivot, mask, before):
-    """`block_sums` of the elements from `begin` to the end, one by one."""
+def rest_sums(x, begin, end, pivot, mask, before):
+    """`block_sums` of the elements [begin, end), one by one."""
     fitting_vectors(before, before)
     s = 0.0
     q = 0.0
-    for i in range(begin, x.size):
+    for i in range(begin, end):
         d = np.float64(keep(mask, i, activate(before, x, at_like(pivot, x, i)) - pivot))
         s += d
         q += d * d
     return s, q
 
 
-@chosen
-def width_of(rest, before, after):
-    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left.
-
-    None with a polynomial, which LLVM would not unroll, and so not turn into vectors: gelu's pullback took 5 times as
-    long.
-    """
-    if curved(before, after):
-        return lambda rest, before, after: 0
-    return lambda rest, before, after: min(WIDTH, rest // (ROWS * LANES) * LANES)
-
-
 @PLAIN
-def sums(x, pivot, mask, before):
-    """`block_sums` of the row."""
+def width_of(rest):
+    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
+    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+
+
+def in_blocks(real: Any, *activations: Any) -> bool:
+    """Whether a row is summed in blocks where it is computed in the type `real`.
+
+    In float64 one loop over the row takes a third to two thirds of the time. A polynomial LLVM would not unroll in a
+    block, and so not turn into vectors: gelu's pullback took 5 times as long.
+    """
+    return real == types.float32 and not curved(*activations)
+
+
+def plain_sums(x, pivot, mask, before):
+    s = 0.0
+    q = 0.0
+    for begin in range(0, x.size, PIECE):
+        ds, dq = rest_sums(x, begin, min(begin + PIECE, x.size), pivot, mask, before)
+        s += ds
+        q += dq
+    return s, q
+
+
+def blocked_sums(x, pivot, mask, before):
     s = 0.0
     q = 0.0
     begin = 0
-    while width_of(x.size - begin, before, before):
-        width = width_of(x.size - begin, before, before)
+    while width_of(x.size - begin):
+        width = width_of(x.size - begin)
         ds, dq = block_sums(x, begin, width, pivot, mask, before)
         s += ds
         q += dq
         begin += ROWS * width
-    ds, dq = rest_sums(x, begin, pivot, mask, before)
+    ds, dq = rest_sums(x, begin, x.size, pivot, mask, before)
     return s + ds, q + dq
+
+
+@chosen
+def sums(x, pivot, mask, before):
+    """`block_sums` of the row."""
+    return blocked_sums if in_blocks(pivot, before) else plain_sums
 
 
 @PLAIN
@@ -219,12 +239,12 @@ def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, resi
 
 
 @REDUCE
-def rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """`block_backward_sums` of the elements from `begin` to the end, one by one."""
+def rest_backward_sums(begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    """`block_backward_sums` of the elements [begin, end), one by one."""
     fitting_vectors(before, after)
     s = 0.0
     q = 0.0
-    for i in range(begin, x.size):
+    for i in range(begin, end):
         g, v = at_like(scale, dy, i), at_like(scale, x, i)
         d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
         t = times(t, weights, i)
@@ -233,22 +253,41 @@ def rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, ma
     return s, q
 
 
-@PLAIN
-def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """`block_backward_sums` of the row."""
+def plain_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    s = 0.0
+    q = 0.0
+    for begin in range(0, x.size, PIECE):
+        end = min(begin + PIECE, x.size)
+        ds, dq = rest_backward_sums(
+            begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
+        )
+        s += ds
+        q += dq
+    return s, q
+
+
+def blocked_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     s = 0.0
     q = 0.0
     begin = 0
-    while width_of(x.size - begin, before, after):
-        width = width_of(x.size - begin, before, after)
+    while width_of(x.size - begin):
+        width = width_of(x.size - begin)
         ds, dq = block_backward_sums(
             begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
         )
         s += ds
         q += dq
         begin += ROWS * width
-    ds, dq = rest_backward_sums(begin, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights)
+    ds, dq = rest_backward_sums(
+        begin, x.size, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
+    )
     return s + ds, q + dq
+
+
+@chosen
+def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
+    """`block_backward_sums` of the row."""
+    return blocked_backward_sums if in_blocks(scale, before, after) else plain_backward_sums
 
 
 @PLAIN
@@ -342,36 +381,45 @@ def group_size(x):
     return np.float64(x.shape[1] * x.shape[3] * x.shape[4])
 
 
-def first_of(mask, before, x, first, n):
-    return activate(before, x, load(x, first))
-
-
 @REDUCE
-def first_sums(mask, before, x, first):
-    """(count, sum) of the elements that count among the NEAR from `first` on: exact where they are equal."""
+def first_sums(mask, before, x, first, origin):
+    """(count, sum(u - origin)) of the elements that count among the NEAR from `first` on."""
     count = 0.0
     total = 0.0
     for i in range(first, min(first + NEAR, x.size)):
         count += keep(mask, i, 1.0)
-        total += keep(mask, i, activate(before, x, load(x, i)))
+        total += keep(mask, i, activate(before, x, load(x, i)) - origin)
     return count, total
 
 
-def mean_of_first(mask, before, x, first, n):
-    if n < FEW:
+def double_mean_of_first(mask, before, x, first, n):
+    origin = activate(before, x, load(x, first))
+    count, total = first_sums(mask, before, x, first, origin)
+    return origin + total / count
+
+
+def single_mean_of_first(mask, before, x, first, n):
+    if n < FEW:  # float64 sums, 2.8 standard deviations away from which nothing is lost to speak of
         return activate(before, x, load(x, first))
-    count, total = first_sums(mask, before, x, first)
+    count, total = first_sums(mask, before, x, first, 0.0)
     return np.float64(np.float32(total / count))
 
 
 @chosen
 def pivot_of(mask, before, x, first, n):
-    """A number near the n elements of a group, of a run of which `first` counts; of equal values that value, exactly.
+    """The mean of the first of a group's n elements, in a run of which `first` counts; of equal values that value,
+    exactly.
 
-    For float64 sums it is the first. For float32 sums it is the mean of the first ones, which is nearer to that of all:
-    less is lost to rounding, and of normal data one group in 200 is summed again.
+    It is nearer to the mean of all than a single element: less is lost to rounding, and of normal data one group in 200
+    is summed again.
     """
-    return first_of if x.dtype == types.float64 else mean_of_first
+    return double_mean_of_first if x.dtype == types.float64 else single_mean_of_first
+
+
+@chosen
+def farthest_pivot(x):
+    """Where float64 sums are done again about the mean, in n * m2."""
+    return (lambda x: NEAR_PIVOT) if x.dtype == types.float64 else lambda x: POOR_PIVOT
 
 
 def whole_start(mask, constant, before, x, i, j):
@@ -441,7 +489,7 @@ def group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stat
         s, q, trusted = fast_sums(x, mask, constant, before, i, j, pivot, n, center)
     if not trusted:
         s, q = group_sums(x, mask, constant, before, i, j, pivot)
-        if center and not s * s <= POOR_PIVOT * n * (q - s * s / n):
+        if center and not s * s <= farthest_pivot(x) * n * (q - s * s / n):
             pivot += s / n
             s, q = group_sums(x, mask, constant, before, i, j, pivot)
     shift = s / n if center else 0.0

@@ -17,9 +17,7 @@ from nbnorm_backends.numba_cpu.kernels import (
     K2,
     M2,
     MEAN,
-    NEAR_PIVOT,
     PLAIN,
-    POOR_PIVOT,
     RESIDUAL,
     RSTD,
     TRUSTED,
@@ -60,20 +58,22 @@ def count_of(sums, rows, i, j):
 
 
 @KERNEL
-def doubt(sums, rows, center, narrow, pivot, doubted):
-    """Mark the columns (n, w) whose sums cannot be trusted, move their pivot to the mean, and return how many they are;
-    `narrow` says that float32 was summed."""
+def doubt(sums, rows, center, narrow, farthest, pivot, doubted):
+    """Mark the columns (n, w) whose sums cannot be trusted, move their pivot to the mean, and return how many they are.
+
+    `narrow` says that float32 was summed; the pivot lies near the mean up to `farthest`, in n * m2.
+    """
     found = 0
     for i in range(pivot.shape[0]):
         for j in range(pivot.shape[1]):
             n = count_of(sums, rows, i, j)
             s, q = sums[0, i, j], sums[1, i, j]
             m2 = q - s * s / n if center else q
-            near = not center or s * s <= (NEAR_PIVOT if narrow else POOR_PIVOT) * n * m2
+            near = not center or s * s <= farthest * n * m2
             doubted[i, j] = n > 0.0 and not (near and (not narrow or TRUSTED[0] < m2 < TRUSTED[1]))
             if doubted[i, j]:
                 found += 1
-                if center and np.isfinite(s) and not s * s <= POOR_PIVOT * n * m2:
+                if not near and np.isfinite(s):
                     pivot[i, j] += s / n
     return found
 
