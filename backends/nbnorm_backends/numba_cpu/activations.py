@@ -174,7 +174,13 @@ def _reduced(x: Real) -> tuple[Real, Real]:
     shifted = x * LOG2_E + with_.round
     k = shifted - with_.round
     r = (x - k * with_.ln2[0]) - k * with_.ln2[1]
-    return r, shifted.bits(lambda word, of: x.builder.shl(word, of(with_.mantissa)))
+    return r, _power(shifted)
+
+
+def _power(shifted: Real) -> Real:
+    """2**k, from k in the last bits of a sum with `round`."""
+    mantissa = _constants(shifted).mantissa
+    return shifted.bits(lambda word, of: shifted.builder.shl(word, of(mantissa)))
 
 
 def _exp(x: Real, low: Real | float = 0.0) -> Real:
@@ -196,9 +202,8 @@ def _bell(x: Real) -> Real:
     r = high.fused(with_.halved[0], 0.0 - k) + low * with_.halved[0]
     if with_.halved[1]:
         r = r + high * with_.halved[1]
-    power = shifted.bits(lambda word, of: x.builder.shl(word, of(with_.mantissa)))
     exp2m1 = tuple(c * LN2 ** (i + 1) for i, c in enumerate(with_.expm1))
-    return power * (1.0 + r * _polynomial(r, exp2m1))
+    return _power(shifted) * (1.0 + r * _polynomial(r, exp2m1))
 
 
 def _absolute(x: Real) -> Real:
@@ -332,23 +337,6 @@ TAGS: dict[str | None, Tag] = {None: IDENTITY} | {name: Tag(name) for name in FU
 def curved(*tags: ActivationType) -> bool:
     """Whether one of them is a polynomial: too much code to be unrolled, and too slow for conversions to matter."""
     return any(tag.activation not in ("identity", "relu", "leaky_relu") for tag in tags)
-
-
-@intrinsic
-def fitting_vectors(typing_context: Any, before: Any, after: Any) -> Any:
-    """Let the function that calls this use the widest vectors, of 512 bits, for what is curved.
-
-    Arithmetic gains by them, and nothing else does: an array of NumPy's begins 16 bytes after a cache line, so each
-    of its vectors of 512 bits lies in two. Batch norm channels last took 1.2 times as long with them.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if curved(before, after):
-            for attribute in ("prefer-vector-width", "min-legal-vector-width"):
-                set.add(builder.function.attributes, f'"{attribute}"="512"')  # llvmlite's own `add` knows no pairs
-        return context.get_dummy_value()
-
-    return types.void(before, after), generate
 
 
 register_model(ActivationType)(models.OpaqueModel)

@@ -84,10 +84,10 @@ class NumbaBackend(WholeOps, Backend):
         bound: bool = False,
     ) -> Callable[..., Any]:
         if _family(x) is runs and x.size <= TUNING.serial:
-            make = small.bound if bound else small.repeated
-            found = make(x, weight, bias, options_of(None, epilogue), center=center, eps=eps, shape=shape)
-            if found is not None:
-                return found
+            views = small.parameter_views(x, weight, bias)
+            if views is not None:
+                make = small.bound if bound else small.repeated
+                return make(x, *views, options_of(None, epilogue), center=center, eps=eps, shape=shape)
         keys: dict[str, Any] = {"center": center, "epilogue": epilogue, "shape": shape, "bound": bound}
         return super().repeated(x, weight, bias, eps, **keys)
 

@@ -198,6 +198,18 @@ def touch(typing_context: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.intp), generate
 
 
+@intrinsic
+def widest_vectors(typing_context: Any) -> Any:
+    """Let the function that calls this use vectors of 512 bits, where the processor has them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for attribute in ("prefer-vector-width", "min-legal-vector-width"):
+            set.add(builder.function.attributes, f'"{attribute}"="512"')  # llvmlite's own `add` knows no pairs
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 def chosen(choose: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
     """A function for kernels, compiled as the one that `choose` returns for the types of its arguments.
 

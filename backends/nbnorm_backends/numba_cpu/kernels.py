@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from nbnorm_backends.numba_cpu.activations import activate, curved, fitting_vectors, slope
+from nbnorm_backends.numba_cpu.activations import activate, curved, slope
+from nbnorm_backends.numba_cpu.cache import sealed
 from nbnorm_backends.numba_cpu.elements import (
     INNER,
     LINE,
@@ -47,6 +48,7 @@ from nbnorm_backends.numba_cpu.elements import (
     store,
     times,
     touch,
+    widest_vectors,
 )
 
 # Reductions may be reordered into vector lanes; nothing may assume away NaN and Inf. fastmath=True, "nnan" and
@@ -55,6 +57,13 @@ REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogi
 PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
 # For steps within a row, which a call would slow down.
 ROW = njit(fastmath={"contract"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
+
+
+def KERNEL(function):
+    """Compile a function that is called from Python, and keep it on disk."""
+    compiled = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)(function)
+    return sealed(compiled, f"{function.__module__}.{function.__qualname__}")
+
 
 STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
@@ -110,7 +119,7 @@ def block_sums(x, begin, width, pivot, mask, before):
     They are seen as ROWS rows: a column of them is summed in the type of the pivot, and the columns in float64. Float32
     sums of more, and above all the sum of the vector's lanes, would cost several units in the last place.
     """
-    fitting_vectors(before, before)
+    widest_vectors()
     s = 0.0
     q = 0.0
     for j in range(width):
@@ -129,7 +138,7 @@ def block_sums(x, begin, width, pivot, mask, before):
 @REDUCE
 def rest_sums(x, begin, end, pivot, mask, before):
     """`block_sums` of the elements [begin, end), one by one."""
-    fitting_vectors(before, before)
+    widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(begin, end):
@@ -190,7 +199,7 @@ def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, afte
 
     `ahead` is a row that will be read soon. `past` is None, or y goes past the caches (see `put`).
     """
-    fitting_vectors(before, after)
+    widest_vectors()
     stride = STRIDE if ahead.size else max(x.size, 1)  # each piece checks anew which arrays overlap
     for begin in range(0, x.size, stride):
         end = min(begin + stride, x.size)
@@ -220,7 +229,7 @@ def gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, b
 @REDUCE
 def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     """sum(t * weights), sum(t * weights * d), in the manner of `block_sums`."""
-    fitting_vectors(before, after)
+    widest_vectors()
     s = 0.0
     q = 0.0
     for j in range(width):
@@ -241,7 +250,7 @@ def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, resi
 @REDUCE
 def rest_backward_sums(begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     """`block_backward_sums` of the elements [begin, end), one by one."""
-    fitting_vectors(before, after)
+    widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(begin, end):
@@ -293,7 +302,7 @@ def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, 
 @PLAIN
 def add_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, dw, db):
     """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = d * scale + low."""
-    fitting_vectors(before, after)
+    widest_vectors()
     for i in range(x.size):
         g, v = at_like(scale, dy, i), at_like(scale, x, i)
         d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
@@ -306,7 +315,7 @@ def backward_affine(
     dy, x, power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, past, dx
 ):
     """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t; `past` as for `affine`."""
-    fitting_vectors(before, after)
+    widest_vectors()
     for i in range(x.size):
         g, v = at_like(scale, dy, i), at_like(scale, x, i)
         d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
@@ -848,7 +857,7 @@ def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
 @PLAIN
 def add_row(x, pivot, mask, before, s, q):
     """`block_sums` of every column on its own, added to float64."""
-    fitting_vectors(before, before)
+    widest_vectors()
     for j in range(x.size):
         d = keep(mask, j, activate(before, x, at_like(pivot, x, j)) - at_like(pivot, pivot, j))
         s[j] += d
@@ -865,7 +874,7 @@ def add_counts(mask, part, i, share, begin):
 @PLAIN
 def add_block(x, i, k, begin, pivot, before, s, q):
     """`add_row` of ROWS rows, whose sums stay in registers."""
-    fitting_vectors(before, before)
+    widest_vectors()
     for j in range(s.size):
         ds = zero(pivot[j])
         dq = zero(pivot[j])
@@ -952,24 +961,23 @@ def columns_apply(
             for k in range(r0, r1):
                 xs, ys, rs = x[i, k, j:e], y[i, k, j:e], row_of(residual, i, k, j, e)
                 ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
-                ahead = xs[:0]
                 if wr is None:
                     if stream:
-                        affine(xs, ahead, p, m, a, None, None, b, rs, ms, before, after, PAST, ys)
+                        affine(xs, xs[:0], p, m, a, None, None, b, rs, ms, before, after, PAST, ys)
                     else:
-                        affine(xs, ahead, p, m, a, None, None, b, rs, ms, before, after, None, ys)
+                        affine(xs, xs[:0], p, m, a, None, None, b, rs, ms, before, after, None, ys)
                 elif wr.shape[1] == 1:
-                    affine(xs, ahead, p, m, a, b, wr[k, 0], br[k, 0], rs, ms, before, after, None, ys)
+                    affine(xs, xs[:0], p, m, a, b, wr[k, 0], br[k, 0], rs, ms, before, after, None, ys)
                 else:
                     u, v = j % c, j % c + e - j
-                    affine(xs, ahead, p, m, a, b, wr[k, u:v], br[k, u:v], rs, ms, before, after, None, ys)
+                    affine(xs, xs[:0], p, m, a, b, wr[k, u:v], br[k, u:v], rs, ms, before, after, None, ys)
             j = e
 
 
 @PLAIN
 def add_backward_row(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, s, q):
     """`block_backward_sums` of every column on its own, added to float64."""
-    fitting_vectors(before, after)
+    widest_vectors()
     for j in range(x.size):
         g, v = at_like(scale, dy, j), at_like(scale, x, j)
         d, t = gradient_at(j, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
@@ -981,7 +989,7 @@ def add_backward_row(dy, x, power, mean, scale, low, w, b, residual, mask, befor
 @PLAIN
 def add_backward_block(dy, x, i, k, begin, power, mean, scale, shift, before, after, s, q):
     """`add_backward_row` of ROWS rows, whose sums stay in registers."""
-    fitting_vectors(before, after)
+    widest_vectors()
     for j in range(s.size):
         ds = zero(scale[j])
         dq = zero(scale[j])
@@ -1055,7 +1063,7 @@ def columns_backward_sums(
 @REDUCE
 def add_row_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, grads):
     """Where one weight and one bias serve the whole row: grads += (sum(t * xhat), sum(t))"""
-    fitting_vectors(before, after)
+    widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(x.size):

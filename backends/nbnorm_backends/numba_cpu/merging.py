@@ -8,13 +8,12 @@ were some forty calls.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from nbnorm_backends.numba_cpu.cache import sealed
 from nbnorm_backends.numba_cpu.kernels import (
     COUNT,
     K1,
     K2,
+    KERNEL,
     M2,
     MEAN,
     PLAIN,
@@ -27,12 +26,6 @@ from nbnorm_backends.numba_cpu.kernels import (
     power_for,
     power_of_two,
 )
-
-
-def KERNEL(function):
-    """Compile a function that is called from Python, and keep it on disk."""
-    compiled = njit(fastmath={"contract"}, error_model="numpy", nogil=True, no_cfunc_wrapper=True)(function)
-    return sealed(compiled, f"{function.__module__}.{function.__qualname__}")
 
 
 @PLAIN

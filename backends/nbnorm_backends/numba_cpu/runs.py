@@ -34,8 +34,7 @@ def forward(
     y: Array,
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
-    shape = params_shape(weight, bias)
-    w, b = param_view(x, weight, shape, 1.0), param_view(x, bias, shape, 0.0)
+    w, b = parameters(x, weight, bias)
     groups = groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
     parallel = x.size > TUNING.serial
@@ -66,8 +65,7 @@ def backward(
     dx: Array,
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
-    shape = param_shape or params_shape(weight, bias)
-    w, b = param_view(x, weight, shape, 1.0), param_view(x, bias, shape, 0.0)
+    w, b = parameters(x, weight, bias, param_shape)
     groups = groups_per_chunk(x)
     once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
     if param_shape is not None and not once:
@@ -109,12 +107,16 @@ def groups_per_chunk(x: Array) -> int:
     return max(1, TUNING.chunk // group)
 
 
-def params_shape(weight: Array | None, bias: Array | None) -> tuple[int, ...]:
+def parameters(
+    x: Array, weight: Array | None, bias: Array | None, shape: tuple[int, ...] | None = None
+) -> tuple[Array, Array]:
+    """weight and bias as kernels take them, with ones and zeros for what is not given; `shape` is theirs, if known."""
     given = weight if weight is not None else bias
-    return (1, 1, 1, 1, 1) if given is None else given.shape
+    shape = shape or ((1, 1, 1, 1, 1) if given is None else given.shape)
+    return _param(x, weight, shape, 1.0), _param(x, bias, shape, 0.0)
 
 
-def param_view(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
+def _param(x: Array, param: Array | None, shape: tuple[int, ...], absent: float) -> Array:
     """A parameter as kernels take it: (r or 1, g, c), with rows along the run where it has them.
 
     In the type that x is computed in; float64 too where the engine computed it.
