@@ -49,10 +49,16 @@ def check_call(
     call.return_moments = check_flag("return_moments", return_moments)
     call.backend = check_backend(backend)
     if out is not None:
-        call.out = check_out(call.x, out, {"weight": call.weight, "bias": call.bias, "residual": call.residual})
-        if call.mask is not None and overlap(call.out.view, call.mask):
-            raise ValueError("out must not overlap mask")
+        check_out_of(call, out)
     return call
+
+
+def check_out_of(call: Call, out: Array) -> None:
+    """`out` beside all that the call reads, but the statistics: of those `check_apart` has the word."""
+    inputs = {"weight": call.weight, "bias": call.bias, "residual": call.residual or call.addend}
+    call.out = check_out(call.x, out, inputs)
+    if call.mask is not None and overlap(call.out.view, call.mask):
+        raise ValueError("out must not overlap mask")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = "") -> str:
@@ -146,7 +152,7 @@ def check_statistics(
     statistics = None
     if mean is not None:
         statistics = _check_running(call, mean, "running_mean"), _check_running(call, var, "running_var")
-        _check_apart(call, statistics)
+        check_apart(call, statistics)
     if not use_batch:
         if statistics is None:
             raise ValueError(f"{call.op} without {switch}=True needs running_mean and running_var; got none")
@@ -209,7 +215,7 @@ def _check_writable(call: Call, statistics: tuple[Operand, Operand]) -> None:
         raise ValueError("running_mean and running_var must not overlap when they are to be updated")
 
 
-def _check_apart(call: Call, statistics: tuple[Operand, Operand]) -> None:
+def check_apart(call: Call, statistics: tuple[Operand, Operand]) -> None:
     for statistic, name in zip(statistics, ("running_mean", "running_var"), strict=True):
         if call.out is not None and overlap(statistic.view, call.out.view):
             raise ValueError(f"out must not overlap {name}")

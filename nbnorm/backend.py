@@ -208,7 +208,7 @@ class Backend(ABC):
 
         It takes C-contiguous arrays of these sizes and dtypes, in shapes of the caller's, and None where there is none;
         `shape` is that of x, y and `out`. With `bound` it returns None, and has done nothing, where `out` is neither x
-        nor memory apart from the inputs.
+        nor memory apart from the inputs, or an array is not aligned.
         """
         five, param_shape = x.shape, next((param.shape for param in (weight, bias) if param is not None), None)
 
@@ -221,9 +221,9 @@ class Backend(ABC):
         def again_if_apart(x: Any, out: Any) -> Any:
             if out is not None:
                 others = weight, bias, None if out.ctypes.data == x.ctypes.data else x
-                if any(other is not None and overlap(out, other) for other in others):
+                if not out.flags.aligned or any(other is not None and overlap(out, other) for other in others):
                     return None
-            return again(x, weight, bias, out)
+            return again(x, weight, bias, out) if x.flags.aligned else None
 
         return again_if_apart if bound else again
 

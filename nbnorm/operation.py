@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, Protocol
 
 from nbnorm import dispatch
 from nbnorm.backend import Grads
-from nbnorm.plan import key_of, recall, remember
+from nbnorm.repeat import key_of, recall, remember
 
 P = ParamSpec("P")
 

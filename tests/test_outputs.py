@@ -152,6 +152,33 @@ def test_many_threads_share_the_memory() -> None:
         assert all(threads.map(check, range(200)))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_forked_while_memory_changes_hands() -> None:
+    """The lock may be another thread's then, which the child does not have."""
+    code = (
+        "import os, signal, threading, time\n"
+        "import numpy as np, nbnorm\n"
+        "from nbnorm_backends.numba_cpu import outputs\n"
+        "x = np.ones((300, 1024), np.float32)\n"
+        "nbnorm.layer_norm(x, 1024, backend='numba')\n"
+        "held = threading.Event()\n"
+        "def hold():\n"
+        "    with outputs.recycler.lock:\n"
+        "        held.set()\n"
+        "        time.sleep(0.3)\n"
+        "threading.Thread(target=hold).start()\n"
+        "held.wait()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    signal.alarm(20)\n"
+        "    nbnorm.layer_norm(x, 1024, backend='numba')\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 @pytest.mark.parametrize("given", ["0", "1000000000", "-1", "1e9"])
 def test_environment(given: str) -> None:
     code = (

@@ -119,6 +119,27 @@ def test_what_differs_is_checked_anew() -> None:
     np.testing.assert_allclose(strided, nbnorm.layer_norm(X, 3, ROW_W, eps=1), atol=1e-6)
 
 
+def test_a_tuple_of_other_numbers_is_checked_anew() -> None:
+    nbnorm.layer_norm(X, (3,), backend="numba")
+    with pytest.raises(TypeError, match="normalized_shape"):
+        nbnorm.layer_norm(X, (3.0,), backend="numba")
+    nbnorm.layer_norm(X, [3], backend="numba")
+    assert len(registry.calls) == 1
+
+
+def test_unaligned_arrays_are_copied_as_ever(backend: str) -> None:
+    memory = np.zeros(X.nbytes + 1, np.uint8)
+    unaligned = memory[1:].view("f4").reshape(X.shape)
+    unaligned[...] = X
+    expected = nbnorm.layer_norm(X, 3, backend=backend)
+    np.testing.assert_array_equal(nbnorm.layer_norm(unaligned, 3, backend=backend), expected)
+    assert len(registry.calls) == 1
+    plan = nbnorm.plan(nbnorm.layer_norm, X, 3, backend=backend)
+    np.testing.assert_array_equal(plan(unaligned), expected)
+    assert plan(X, out=unaligned) is unaligned
+    np.testing.assert_array_equal(unaligned, expected)
+
+
 def test_preference_and_trace_are_heard() -> None:
     nbnorm.layer_norm(X, 3, backend=None)
     with nbnorm.trace() as decisions:
@@ -173,6 +194,19 @@ def test_bad_input_of_a_plan(backend: str) -> None:
     ):
         with pytest.raises(TypeError):
             call()
+    addend, mean, var = X.copy(), np.zeros(X.size, "f4"), np.ones(6, "f4")
+    plan = nbnorm.plan(nbnorm.add_layer_norm, X, addend, 3, backend=backend)
+    with pytest.raises(ValueError, match="out must not overlap residual"):
+        plan(X, out=addend)
+    for keys in ({"training": True}, {"training": False}, {"training": True, "return_moments": True}):
+        for op in (nbnorm.batch_norm, nbnorm.batch_renorm):
+            plan = nbnorm.plan(op, X, mean[:6], var, backend=backend, **keys)
+            if op is nbnorm.batch_norm and "return_moments" in keys:
+                continue  # it has no use for them
+            with pytest.raises(ValueError, match="out must not overlap running_mean"):
+                plan(X, out=mean.reshape(X.shape))
+    np.testing.assert_array_equal(addend, X)
+    assert not mean.any()
     whole = np.zeros(X.size, "f4")
     plan = nbnorm.plan(nbnorm.layer_norm, X, 3, whole[:3], backend=backend)
     with pytest.raises(ValueError, match="out must not overlap weight"):

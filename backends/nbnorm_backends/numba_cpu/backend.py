@@ -28,6 +28,7 @@ OPTIONLESS = options_of(None, PLAIN)
 # Numba compiles under one process-wide lock. A fork while another thread compiles leaves it locked in the child for
 # ever (6 of 6 children hung); holding it during the fork does not (0 of 6).
 hold_over_fork(global_compiler_lock)
+hold_over_fork(outputs.recycler.lock)  # likewise, for a moment, while memory changes hands
 
 
 class NumbaBackend(WholeOps, Backend):

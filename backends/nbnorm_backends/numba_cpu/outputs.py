@@ -30,11 +30,11 @@ class Recycler:
     def __init__(self, most: int) -> None:
         self._most, self._size = most, 0
         self.free: list[Array] = []
-        self._lock = threading.RLock()  # a collection of garbage may give a block back while one is taken
+        self.lock = threading.RLock()  # a collection of garbage may give a block back while one is taken
 
     def take(self, size: int) -> Array:
         """A block of so many bytes."""
-        with self._lock:
+        with self.lock:
             for index in reversed(range(len(self.free))):
                 if self.free[index].size == size:
                     self._size -= size
@@ -42,7 +42,7 @@ class Recycler:
         return np.empty(size, np.uint8)
 
     def give_back(self, block: Array) -> None:
-        with self._lock:
+        with self.lock:
             self.free.append(block)
             self._size += block.size
             while self._size > self._most:
