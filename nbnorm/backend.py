@@ -173,15 +173,9 @@ class Backend(ABC):
         stats: tuple[Stats | None, Stats] | None = None,
         mask: View | None = None,
         epilogue: Epilogue = PLAIN,
-        precise: bool = False,
         out: View | None = None,
     ) -> tuple[View, Moments | None, Stats]:
-        """(y, moments, rstd); with `stats` = (mean, rstd) given, the moments are None.
-
-        With `precise` the caller wants the moments as `statistics` gives them. Without, they serve y and running
-        statistics, and may be good to float32's rounding: the variance to 1.2e-7 of itself, the mean to 1.2e-7 standard
-        deviations.
-        """
+        """(y, moments, rstd); with `stats` = (mean, rstd) given, the moments are None."""
         found = None
         if stats is None:
             found = self.statistics(x, center=center, mask=mask, epilogue=epilogue)
@@ -236,14 +230,13 @@ class Backend(ABC):
         eps: float,
         *,
         center: bool,
-        precise: bool = False,
         out: View | None = None,
     ) -> tuple[View, View, Moments, Stats]:
         """(y, total, moments, rstd): total = x + addend in x's dtype, and y its norm."""
         total = np.empty(x.shape, x.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             np.add(x, addend, out=total)
-        y, found, rstd = self.forward(read_only(total), weight, bias, eps, center=center, precise=precise, out=out)
+        y, found, rstd = self.forward(read_only(total), weight, bias, eps, center=center, out=out)
         assert found is not None
         return y, total, found, rstd
 

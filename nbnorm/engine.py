@@ -293,14 +293,12 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
         ran.factors = _renorm_factors(call.renorm, plan, found, call.eps)
         weight, bias = _renormalized(ran.factors, weight, bias)
     if call.addend is None:
-        keys: dict[str, Any] = {"stats": stats, "mask": mask, "epilogue": epilogue, "precise": call.return_moments}
+        keys: dict[str, Any] = {"stats": stats, "mask": mask, "epilogue": epilogue}
         y, fresh, rstd = backend.forward(x, weight, bias, call.eps, center=center, out=out, **keys)
         found = found or fresh
     else:
         addend = view_input(call.addend.view, axes, plan)
-        y, sums, found, rstd = backend.add_forward(
-            x, addend, weight, bias, call.eps, center=center, precise=call.return_moments, out=out
-        )
+        y, sums, found, rstd = backend.add_forward(x, addend, weight, bias, call.eps, center=center, out=out)
         x, total = read_only(sums), from_five_axes(sums, call, plan)
     mean = None if not center else found.mean if found is not None else stats[0] if stats else None
     valid = None if mask is None or found is None else found.count

@@ -96,7 +96,7 @@ def test_variance_of_a_few_values(layout: str, backend: str) -> None:
         exact = values.astype(np.longdouble).var(axis=1, ddof=1)
         some = exact > 0
         worst = max(worst, float(np.abs(var[some] / exact[some] - 1).max(initial=0)))
-    assert worst <= 4e-7
+    assert worst <= 1e-12
 
 
 def test_no_warning_where_gradients_overflow(backend: str, recwarn: pytest.WarningsRecorder) -> None:

@@ -47,9 +47,7 @@ class NumbaBackend(WholeOps, Backend):
 
     def statistics(self, x: Array, *, center: bool, mask: Array | None = None, epilogue: Epilogue = PLAIN) -> Moments:
         table = _table(x)
-        self._forward(
-            x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table, precise=True
-        )
+        self._forward(x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table)
         return _moments(x, table, mask)
 
     def forward(
@@ -63,13 +61,12 @@ class NumbaBackend(WholeOps, Backend):
         stats: tuple[Array | None, Array] | None = None,
         mask: Array | None = None,
         epilogue: Epilogue = PLAIN,
-        precise: bool = False,
         out: Array | None = None,
     ) -> tuple[Array, Moments | None, Array]:
         y = outputs.empty(x.shape, x.dtype) if out is None else out
         table = _table(x, stats)
         find = stats is None
-        self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y, precise=precise)
+        self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y)
         return y, _moments(x, table, mask) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def repeated(
@@ -101,7 +98,6 @@ class NumbaBackend(WholeOps, Backend):
         eps: float,
         *,
         center: bool,
-        precise: bool = False,
         out: Array | None = None,
     ) -> tuple[Array, Array, Moments, Array]:
         y = outputs.empty(x.shape, x.dtype) if out is None else out
@@ -109,9 +105,7 @@ class NumbaBackend(WholeOps, Backend):
         sealed = total.view()
         sealed.flags.writeable = False
         table, joined = _table(x), Joined(x, addend, total)
-        self._forward(
-            sealed, weight, bias, eps, options_of(None, PLAIN), center, True, table, joined, y, precise=precise
-        )
+        self._forward(sealed, weight, bias, eps, options_of(None, PLAIN), center, True, table, joined, y)
         return y, total, _moments(x, table), table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def backward(self, dy: Array, saved: Saved, *, addend: Array | None = None) -> Grads:
@@ -185,15 +179,12 @@ class NumbaBackend(WholeOps, Backend):
         stats: Array,
         joined: Joined = NOTHING_JOINED,
         y: Array | None = None,
-        *,
-        precise: bool = False,
     ) -> None:
         """Fill `stats` where `find` asks, and y if it is given."""
         target = _nothing(x) if y is None else y
         keys = {
             "center": center,
             "eps": eps,
-            "precise": precise,
             "find": find,
             "stats": stats,
             "joined": joined,

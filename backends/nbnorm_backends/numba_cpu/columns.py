@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nbnorm_backends.numba_cpu import kernels, merging
 from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.kernels import FEW, NEAR, NEAR_PIVOT, POOR_PIVOT
+from nbnorm_backends.numba_cpu.kernels import NEAR, NEAR_PIVOT, NEAR_ZERO
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.outputs import streams
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
@@ -103,7 +103,6 @@ def forward(
     *,
     center: bool,
     eps: float,
-    precise: bool,
     find: bool,
     stats: Array,
     joined: Joined,
@@ -114,7 +113,7 @@ def forward(
     grid = _Grid(scheduler, x, folds=not along_r and options.mask is None)
     extra = grid.options(options)
     if find:
-        _find(grid, x, extra, joined, center, eps, precise, stats)
+        _find(grid, x, extra, joined, center, eps, stats)
     if y.size:
         terms = grid.terms(x, stats, grid.param(weight), grid.param(bias), single=x.itemsize < 8)
         target = grid.view(y)
@@ -138,22 +137,19 @@ def _along_r(weight: Array | None, bias: Array | None) -> tuple[Array | None, Ar
 
 
 def _find(
-    grid: _Grid, x: Array, extra: tuple[Any, ...], joined: Joined, center: bool, eps: float, precise: bool, stats: Array
+    grid: _Grid, x: Array, extra: tuple[Any, ...], joined: Joined, center: bool, eps: float, stats: Array
 ) -> None:
-    """Statistics of every group: sums about a pivot of each column; where they cannot be trusted, again in float64, and
-    about the mean where the pivot lies far from it."""
+    """Statistics of every group: sums of each column, and again about its mean where that lies too far away."""
     view, (_, mask, before, _) = grid.view(x), extra
     n, rows, w = grid.shape
-    plain = mask is None and before is IDENTITY and joined.source is None  # else the pivot is too poor for float32
-    narrow = plain and not precise and x.itemsize < 8 and rows >= FEW
-    pivot = _pivot(grid, mask, before, x, joined, narrow) if center else np.zeros((n, w))
+    double = x.itemsize == 8
+    pivot = _pivot(grid, mask, before, x, joined) if double and center else np.zeros((n, w))
     part = grid.partial_sums(2 if mask is None else 3)
     sums, doubted = np.empty((part.shape[0], n, w)), np.empty((n, w), np.bool_)
-    first = pivot.astype(np.float32) if narrow else pivot
+    first = pivot if double else None
     grid.run(kernels.columns_sums, view, first, mask, before, *map(grid.optional, joined), part)
     merging.merge_shares(part, sums)
-    farthest = POOR_PIVOT if x.itemsize < 8 and not narrow else NEAR_PIVOT
-    if merging.doubt(sums, float(rows), center, narrow, farthest, pivot, doubted):
+    if center and merging.doubt(sums, float(rows), NEAR_PIVOT if double else NEAR_ZERO, pivot, doubted):
         again = np.empty_like(sums)
         grid.run(kernels.columns_sums, view, pivot, mask, before, None, None, None, part)
         merging.merge_shares(part, again)
@@ -161,21 +157,18 @@ def _find(
     merging.columns_statistics(sums, float(rows), pivot, *grid.groups, center, eps, stats)
 
 
-def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined, narrow: bool) -> Array:
-    """A pivot for every column (n, w): where sums are in the type of x the mean of its first elements (see
-    `kernels.pivot_of`), else u of the first that counts; 0 where none does."""
-    shape = grid.shape[0], grid.shape[2]
+def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined) -> Array:
+    """A pivot for every column (n, w) of float64: the mean of its first elements (see `kernels.pivot_of`) where NumPy
+    can find that, else u of the first that counts; 0 where none does."""
     if joined.source is not None:
-        first, other = (np.asarray(part).reshape(grid.shape)[:, 0].astype(np.float64) for part in joined[:2])
-        return (first + other).astype(x.dtype).astype(np.float64)
+        first, other = (np.asarray(part).reshape(grid.shape)[:, 0] for part in joined[:2])
+        return np.asarray(first + other, order="C")
     if mask is None and before is IDENTITY:
-        first = x.reshape(grid.shape)
+        first = x.reshape(grid.shape)[:, :NEAR]
         with np.errstate(invalid="ignore", over="ignore"):
-            if narrow:
-                return np.asarray(first[:, :NEAR].mean(axis=1, dtype=np.float64)).astype(np.float32).astype(np.float64)
-            origin: Array = first[:, 0].astype(np.float64, order="C")
-            return origin if x.itemsize < 8 else origin + (first[:, :NEAR] - origin[:, None]).mean(axis=1)
-    pivot, found = np.zeros(shape), np.zeros(shape)
+            near: Array = np.add(first[:, 0], (first - first[:, :1]).mean(axis=1))
+            return near
+    pivot, found = np.zeros((2, grid.shape[0], grid.shape[2]))
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
     return pivot

@@ -153,6 +153,12 @@ def plus(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
 
 
 @intrinsic
+def minus(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
+    """value - operand; value alone where the operand is None."""
+    return value(value, operand, types.intp), _joined("fsub", value, operand)
+
+
+@intrinsic
 def times(typing_context: Any, value: Any, operand: Any, index: Any) -> Any:
     """value * operand; value alone where the operand is None."""
     return value(value, operand, types.intp), _joined("fmul", value, operand)
@@ -186,13 +192,13 @@ def keep(typing_context: Any, mask: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def touch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index], in the second-level cache, and go on."""
+    """Ask for the cache line of array[index], in all caches, and go on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.bitcast(_pointer(context, builder, array, *args), I8.as_pointer())
         prefetch = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], prefetch)
-        builder.call(function, [pointer, I32(0), I32(2), I32(1)])  # for reading, locality 2 of 0..3, data
+        builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # for reading, locality 3 of 0..3, data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

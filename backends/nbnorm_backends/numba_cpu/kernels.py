@@ -14,11 +14,11 @@ identity, and leaves no trace in the compiled code:
 - `mask` is 0 where an element does not count; its row has the row's length, or length 1 and holds for all of it;
 - mean, scale, bias and the like are one number for the whole row, or an array along it.
 
-Statistics are sums about a pivot near the data. For float32 and half types ROWS elements are summed in float32, and
-such sums in float64; where that cannot be trusted, and for float64, everything is summed in float64. What follows is
-computed in float32, or in float64 for float64, with the mean in two parts: u - mean is taken from the float32 that is
-nearest to the mean, and what that leaves joins the shift, so offsets of 1e8 cost no accuracy. A power of two in front
-(`power`, one for most data) keeps the differences and the scale of extreme data within float32.
+Statistics are sums in float64: of float64 about a pivot near the data, of narrower types, whose squares float64 holds
+exactly, about zero; where the mean turns out to be far from there, again about the mean. What follows is computed in
+float32, or in float64 for float64, with the mean in two parts: u - mean is taken from the float32 that is nearest to
+the mean, and what that leaves joins the shift, so offsets of 1e8 cost no accuracy. A power of two in front (`power`,
+one for most data) keeps the differences and the scale of extreme data within float32.
 
 Accesses are by `load`, `at` and the like, which do not wrap around: plain indexing inside ``range(begin, end)`` keeps
 that check and was 15 times slower.
@@ -42,6 +42,7 @@ from nbnorm_backends.numba_cpu.elements import (
     element,
     keep,
     load,
+    minus,
     optional,
     plus,
     put,
@@ -68,17 +69,18 @@ def KERNEL(function):
 STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
-STRIDE = 256  # elements between two batches of prefetches: 16 lines of float32, as many as a core waits for at once
-ROWS = 8  # elements that are summed in float32: columns at 68 GB/s from L2, 50 one by one, 60 by 4 or 16
+STRIDE = 64  # elements between two batches of prefetches: layer norm (8192, 4096) takes 0.85 of its time with 256
+SHORT = 2048  # rows of up to so many elements
+SHORT_STRIDE = 256  # in theirs: layer norm (32768, 1024) takes 0.95 of its time with 64
+ROWS = 8  # of columns whose sums stay in registers; of gradients so many elements are summed in float32
 WIDTH = 512  # columns of a block of a run, at most
 LANES = 16  # of float32 in a vector
 PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
-FEW = 128  # groups of fewer are summed in float64: with many elements rounding errors cancel
-NEAR = 32  # elements whose mean is the pivot of sums in the type of x
-NEAR_PIVOT = 0.25  # such sums are trusted where (sum of deviations)^2 <= n * m2 / 4: beyond it errors are amplified
-POOR_PIVOT = 8.0  # float64 sums of narrower types are, up to 8 * n * m2: beyond it a digit is lost
-TRUSTED = (1e-26, 1e34)  # between them a float32 sum of squares has neither lost terms nor overflowed
+FEW = 128  # gradients of groups of fewer are summed in float64: with many elements rounding errors cancel
+NEAR = 32  # elements whose mean is the pivot of sums of float64
+NEAR_PIVOT = 0.25  # it is near where (sum of deviations)^2 <= n * m2 / 4: beyond it rounding errors are amplified
+NEAR_ZERO = 64.0  # sums of narrower types are done again where sum^2 > 64 * n * m2: beyond it they lose two digits
 MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
 TOP = 2.0**126  # the last power of two but one that float32 has, and the reciprocal of its smallest normal number
 LARGEST = 3.4e38  # of float32
@@ -94,16 +96,22 @@ def add_rows(x, addend, total):
         store(total, i, load(x, i) + load(addend, i))
 
 
-@PLAIN
+@REDUCE
 def valid_in(mask):
-    """How many elements of a row count, and which is the first that does."""
+    """How many elements of a row count."""
     total = 0
-    first = mask.size
+    for i in range(mask.size):
+        total += 1 if mask[i] else 0
+    return total
+
+
+@optional(lambda mask: 0)
+def first_valid(mask):
+    """The first element of a row that counts, or the row's size."""
     for i in range(mask.size):
         if mask[i]:
-            total += 1
-            first = min(first, i)
-    return total, first
+            return i
+    return mask.size
 
 
 @chosen
@@ -113,84 +121,31 @@ def zero(like):
 
 
 @REDUCE
-def block_sums(x, begin, width, pivot, mask, before):
-    """sum(u - pivot), sum((u - pivot)^2) of the ROWS * width elements from `begin` on.
-
-    They are seen as ROWS rows: a column of them is summed in the type of the pivot, and the columns in float64. Float32
-    sums of more, and above all the sum of the vector's lanes, would cost several units in the last place.
-    """
-    widest_vectors()
-    s = 0.0
-    q = 0.0
-    for j in range(width):
-        ds = zero(pivot)
-        dq = zero(pivot)
-        for m in range(ROWS):
-            i = begin + m * width + j
-            d = keep(mask, i, activate(before, x, at_like(pivot, x, i)) - pivot)
-            ds += d
-            dq += d * d
-        s += ds
-        q += dq
-    return s, q
-
-
-@REDUCE
-def rest_sums(x, begin, end, pivot, mask, before):
-    """`block_sums` of the elements [begin, end), one by one."""
+def piece_sums(x, begin, end, pivot, mask, before):
+    """`sums` of the elements [begin, end)."""
     widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(begin, end):
-        d = np.float64(keep(mask, i, activate(before, x, at_like(pivot, x, i)) - pivot))
+        d = keep(mask, i, minus(activate(before, x, load(x, i)), pivot, i))
         s += d
         q += d * d
     return s, q
 
 
 @PLAIN
-def width_of(rest):
-    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
-    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+def sums(x, pivot, mask, before):
+    """sum(u - pivot), sum((u - pivot)^2) of a row.
 
-
-def in_blocks(real: Any, *activations: Any) -> bool:
-    """Whether a row is summed in blocks where it is computed in the type `real`.
-
-    In float64 one loop over the row takes a third to two thirds of the time. A polynomial LLVM would not unroll in a
-    block, and so not turn into vectors: gelu's pullback took 5 times as long.
+    Without a pivot (None) that is 1.3 times as fast: 114 GB/s from the second-level cache in place of 86.
     """
-    return real == types.float32 and not curved(*activations)
-
-
-def plain_sums(x, pivot, mask, before):
     s = 0.0
     q = 0.0
     for begin in range(0, x.size, PIECE):
-        ds, dq = rest_sums(x, begin, min(begin + PIECE, x.size), pivot, mask, before)
+        ds, dq = piece_sums(x, begin, min(begin + PIECE, x.size), pivot, mask, before)
         s += ds
         q += dq
     return s, q
-
-
-def blocked_sums(x, pivot, mask, before):
-    s = 0.0
-    q = 0.0
-    begin = 0
-    while width_of(x.size - begin):
-        width = width_of(x.size - begin)
-        ds, dq = block_sums(x, begin, width, pivot, mask, before)
-        s += ds
-        q += dq
-        begin += ROWS * width
-    ds, dq = rest_sums(x, begin, x.size, pivot, mask, before)
-    return s + ds, q + dq
-
-
-@chosen
-def sums(x, pivot, mask, before):
-    """`block_sums` of the row."""
-    return blocked_sums if in_blocks(pivot, before) else plain_sums
 
 
 @PLAIN
@@ -200,7 +155,7 @@ def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, afte
     `ahead` is a row that will be read soon. `past` is None, or y goes past the caches (see `put`).
     """
     widest_vectors()
-    stride = STRIDE if ahead.size else max(x.size, 1)  # each piece checks anew which arrays overlap
+    stride = stride_of(x, ahead)
     for begin in range(0, x.size, stride):
         end = min(begin + stride, x.size)
         fetch(ahead, begin, end)
@@ -208,6 +163,15 @@ def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, afte
             d = times(activate(before, x, at_like(scale, x, i)), power, i) - at_like(scale, mean, i)
             z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
             put(past, y, i, keep(mask, i, activate(after, y, z)))
+
+
+@ROW
+def stride_of(x, ahead):
+    """After how many elements of x part of `ahead` is fetched: all of x at once where there is nothing to fetch, since
+    every piece of a row checks anew which arrays overlap."""
+    if ahead.size == 0:
+        return max(x.size, 1)
+    return STRIDE if x.size > SHORT else SHORT_STRIDE
 
 
 @ROW
@@ -228,7 +192,11 @@ def gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, b
 
 @REDUCE
 def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """sum(t * weights), sum(t * weights * d), in the manner of `block_sums`."""
+    """sum(t * weights), sum(t * weights * d) of the ROWS * width elements from `begin` on.
+
+    They are seen as ROWS rows: a column of them is summed in the type of the scale, and the columns in float64. Float32
+    sums of more, and above all the sum of the vector's lanes, would cost several units in the last place.
+    """
     widest_vectors()
     s = 0.0
     q = 0.0
@@ -260,6 +228,21 @@ def rest_backward_sums(begin, end, dy, x, power, mean, scale, low, w, b, residua
         s += t
         q += t * np.float64(d)
     return s, q
+
+
+@PLAIN
+def width_of(rest):
+    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
+    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+
+
+def in_blocks(real: Any, *activations: Any) -> bool:
+    """Whether a row is summed in blocks where it is computed in the type `real`.
+
+    In float64 one loop over the row takes half of the time. A polynomial LLVM would not unroll in a block, and so not
+    turn into vectors: gelu's pullback took 5 times as long.
+    """
+    return real == types.float32 and not curved(*activations)
 
 
 def plain_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
@@ -401,54 +384,47 @@ def first_sums(mask, before, x, first, origin):
     return count, total
 
 
-def double_mean_of_first(mask, before, x, first, n):
-    origin = activate(before, x, load(x, first))
-    count, total = first_sums(mask, before, x, first, origin)
-    return origin + total / count
+def no_pivot(x, mask, constant, before, i, j, center):
+    """None: of narrower types sums about zero lose little."""
+    return None
 
 
-def single_mean_of_first(mask, before, x, first, n):
-    if n < FEW:  # float64 sums, 2.8 standard deviations away from which nothing is lost to speak of
-        return activate(before, x, load(x, first))
-    count, total = first_sums(mask, before, x, first, 0.0)
-    return np.float64(np.float32(total / count))
+def mean_of_first(x, mask, constant, before, i, j, center):
+    for k in range(x.shape[1] if center else 0):
+        for m in range(x.shape[3]):
+            row, valid = x[i, k, j, m], mask_run(mask, constant, i, k, j, m)
+            first = first_valid(valid)
+            if first < row.size:
+                origin = activate(before, x, load(row, first))
+                count, total = first_sums(valid, before, row, first, origin)
+                return origin + total / count
+    return 0.0
 
 
 @chosen
-def pivot_of(mask, before, x, first, n):
-    """The mean of the first of a group's n elements, in a run of which `first` counts; of equal values that value,
-    exactly.
+def pivot_of(x, mask, constant, before, i, j, center):
+    """What the group (n, g) = (i, j) is summed about at first: of equal values that value, exactly; 0 without `center`.
 
-    It is nearer to the mean of all than a single element: less is lost to rounding, and of normal data one group in 200
-    is summed again.
+    For float64 the mean of its first elements that count, which is nearer to that of all than a single one: less is
+    lost to rounding, and of normal data one group in 200 is summed again.
     """
-    return double_mean_of_first if x.dtype == types.float64 else single_mean_of_first
+    return mean_of_first if x.dtype == types.float64 else no_pivot
 
 
 @chosen
-def farthest_pivot(x):
-    """Where float64 sums are done again about the mean, in n * m2."""
-    return (lambda x: NEAR_PIVOT) if x.dtype == types.float64 else lambda x: POOR_PIVOT
+def farthest(x):
+    """Where sums are done again about the mean, in n * m2."""
+    return (lambda x: NEAR_PIVOT) if x.dtype == types.float64 else lambda x: NEAR_ZERO
 
 
-def whole_start(mask, constant, before, x, i, j):
-    n = group_size(x)
-    return n, pivot_of(None, before, x[i, 0, j, 0], 0, n)
-
-
-@optional(whole_start)
-def group_start(mask, constant, before, x, i, j):
-    """(elements that count, a pivot) of the group (n, g) = (i, j). Where all are valid, the same as without a mask."""
-    count = 0
-    pivot = 0.0
+@optional(lambda mask, constant, x, i, j: group_size(x))
+def count_valid(mask, constant, x, i, j):
+    """Elements of the group (i, j) that count."""
+    total = 0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            valid = mask_run(mask, constant, i, k, j, m)
-            found, first = valid_in(valid)
-            if count == 0 and found:
-                pivot = pivot_of(valid, before, x[i, k, j, m], first, group_size(x))
-            count += found
-    return np.float64(count), pivot
+            total += valid_in(mask_run(mask, constant, i, k, j, m))
+    return np.float64(total)
 
 
 @PLAIN
@@ -464,50 +440,29 @@ def group_sums(x, mask, constant, before, i, j, pivot):
     return s, q
 
 
-def untrusted_sums(x, mask, constant, before, i, j, pivot, n, center):
-    """Nothing: float64 is summed in float64."""
-    return 0.0, 0.0, False
-
-
-def narrow_sums(x, mask, constant, before, i, j, pivot, n, center):
-    """`group_sums` in float32, and whether they can be trusted."""
-    if n < FEW:
-        return 0.0, 0.0, False
-    s, q = group_sums(x, mask, constant, before, i, j, np.float32(pivot))
-    m2 = q - s * s / n if center else q
-    near = not center or s * s <= NEAR_PIVOT * n * m2
-    return s, q, near and TRUSTED[0] < m2 < TRUSTED[1]
-
-
-@chosen
-def fast_sums(x, mask, constant, before, i, j, pivot, n, center):
-    return untrusted_sums if x.dtype == types.float64 else narrow_sums
-
-
 @ROW
-def group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stats):
-    """Statistics of the group (i, j) into stats[:, p]; without centring about zero; `precise` asks for float64 sums."""
-    n, first = group_start(mask, constant, before, x, i, j)
+def group_moments(x, mask, constant, before, i, j, center, eps, p, stats):
+    """Statistics of the group (i, j) into stats[:, p]; without centring about zero."""
+    n = count_valid(mask, constant, x, i, j)
     stats[COUNT, p] = n
     if n == 0.0:
         stats[:, p] = 0.0
         return
-    pivot = first if center else 0.0
-    s, q, trusted = 0.0, 0.0, False
-    if not precise:
-        s, q, trusted = fast_sums(x, mask, constant, before, i, j, pivot, n, center)
-    if not trusted:
+    each = 1.0 / n  # found while the sums are; divisions behind them would take 10 ns of a row
+    first = pivot_of(x, mask, constant, before, i, j, center)
+    s, q = group_sums(x, mask, constant, before, i, j, first)
+    pivot = plus(0.0, first, 0)
+    shift = s * each if center else 0.0
+    if center and not s * shift <= farthest(x) * (q - s * shift):
+        pivot += s / n
         s, q = group_sums(x, mask, constant, before, i, j, pivot)
-        if center and not s * s <= farthest_pivot(x) * n * (q - s * s / n):
-            pivot += s / n
-            s, q = group_sums(x, mask, constant, before, i, j, pivot)
-    shift = s / n if center else 0.0
+        shift = s * each
     mean = pivot + shift
     m2 = q - s * shift if center else q
     stats[MEAN, p] = mean
     stats[RESIDUAL, p] = (pivot - mean) + shift
     stats[M2, p] = 0.0 if m2 < 0.0 else m2  # rounding only; NaN stays NaN
-    stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] / n + eps)
+    stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] * each + eps)
 
 
 @ROW
@@ -598,7 +553,6 @@ def runs_forward(
     b,
     center,
     eps,
-    precise,
     find,
     stats,
     residual,
@@ -628,7 +582,7 @@ def runs_forward(
         coming = p + 1 if p + 1 < end else (chunk + leap) * groups
         add_group(source, addend, total, i, j)
         if find:
-            group_moments(x, mask, constant, before, i, j, center, eps, precise, p, stats)
+            group_moments(x, mask, constant, before, i, j, center, eps, p, stats)
         if y.size:
             for k in range(r):
                 for m in range(c):
@@ -856,10 +810,10 @@ def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
 
 @PLAIN
 def add_row(x, pivot, mask, before, s, q):
-    """`block_sums` of every column on its own, added to float64."""
+    """`sums` of every column on its own."""
     widest_vectors()
     for j in range(x.size):
-        d = keep(mask, j, activate(before, x, at_like(pivot, x, j)) - at_like(pivot, pivot, j))
+        d = keep(mask, j, minus(activate(before, x, load(x, j)), pivot, j))
         s[j] += d
         q[j] += d * d
 
@@ -876,10 +830,10 @@ def add_block(x, i, k, begin, pivot, before, s, q):
     """`add_row` of ROWS rows, whose sums stay in registers."""
     widest_vectors()
     for j in range(s.size):
-        ds = zero(pivot[j])
-        dq = zero(pivot[j])
+        ds = 0.0
+        dq = 0.0
         for m in range(ROWS):
-            d = activate(before, x, element(pivot, x, i, k + m, begin + j)) - at_like(pivot, pivot, j)
+            d = minus(activate(before, x, element(s, x, i, k + m, begin + j)), pivot, j)
             ds += d
             dq += d * d
         s[j] += ds
@@ -918,14 +872,14 @@ def add_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
 def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, addend, total, part):
     """part (3, n, shares, w): sum(u - pivot), sum((u - pivot)^2) and, with a mask, the count down the tile's rows.
 
-    pivot (n, w), in whose type deviations are taken. `source` as for `runs_forward`.
+    pivot (n, w), float64, or None. `source` as for `runs_forward`.
     """
     x, mask, pivot, part = borrowed(x), borrowed(mask), borrowed(pivot), borrowed(part)
     source, addend, total = borrowed(source), borrowed(addend), borrowed(total)
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     for i in range(i0, i1):
-        s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], pivot[i, w0:w1]
+        s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], part_of(pivot, i, w0, w1)
         part[:, i, share, w0:w1] = 0.0
         for k in range(r0, r1):
             add_rows(row_of(source, i, k, w0, w1), row_of(addend, i, k, w0, w1), row_of(total, i, k, w0, w1))

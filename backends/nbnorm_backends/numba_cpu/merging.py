@@ -19,7 +19,6 @@ from nbnorm_backends.numba_cpu.kernels import (
     PLAIN,
     RESIDUAL,
     RSTD,
-    TRUSTED,
     clamped,
     high_of,
     low_of,
@@ -51,22 +50,18 @@ def count_of(sums, rows, i, j):
 
 
 @KERNEL
-def doubt(sums, rows, center, narrow, farthest, pivot, doubted):
-    """Mark the columns (n, w) whose sums cannot be trusted, move their pivot to the mean, and return how many they are.
-
-    `narrow` says that float32 was summed; the pivot lies near the mean up to `farthest`, in n * m2.
-    """
+def doubt(sums, rows, farthest, pivot, doubted):
+    """Mark the columns (n, w) whose pivot lies further from the mean than `farthest`, in n * m2, move it there, and
+    return how many they are."""
     found = 0
     for i in range(pivot.shape[0]):
         for j in range(pivot.shape[1]):
             n = count_of(sums, rows, i, j)
             s, q = sums[0, i, j], sums[1, i, j]
-            m2 = q - s * s / n if center else q
-            near = not center or s * s <= farthest * n * m2
-            doubted[i, j] = n > 0.0 and not (near and (not narrow or TRUSTED[0] < m2 < TRUSTED[1]))
+            doubted[i, j] = n > 0.0 and not s * s <= farthest * n * (q - s * s / n)
             if doubted[i, j]:
                 found += 1
-                if not near and np.isfinite(s):
+                if np.isfinite(s):
                     pivot[i, j] += s / n
     return found
 

@@ -27,7 +27,6 @@ def forward(
     *,
     center: bool,
     eps: float,
-    precise: bool,
     find: bool,
     stats: Array,
     joined: Joined,
@@ -38,9 +37,10 @@ def forward(
     groups = groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
     parallel = x.size > TUNING.serial
-    fetch = x.size >= TUNING.far and x.size // stats.shape[1] <= TUNING.cached
+    far = TUNING.far if x.shape[1] == 1 else TUNING.far_apart
+    fetch = x.size >= far and x.size // stats.shape[1] <= TUNING.cached
     leap = scheduler.threads if fetch else 0
-    found = groups, leap, runs_view(x), w, b, center, eps, precise, find, stats
+    found = groups, leap, runs_view(x), w, b, center, eps, find, stats
     target = runs_view(y)
     args = *found, *_options(x, options), *map(_optional, joined), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)

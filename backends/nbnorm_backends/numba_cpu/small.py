@@ -43,7 +43,7 @@ def repeated(
     table = kernels.STATISTICS, total
 
     def arguments(x: Array, w: Array, b: Array, y: Array) -> tuple[Any, ...]:
-        found = np.zeros(1, np.int64), chunks, groups, 0, x, w, b, center, eps, False, True, np.empty(table)
+        found = np.zeros(1, np.int64), chunks, groups, 0, x, w, b, center, eps, True, np.empty(table)
         return *found, None, None, options.before, options.after, None, None, None, False, y
 
     run = _compiled(worker(kernels.runs_forward), arguments(runs_view(x), w, b, runs_view(np.empty(x.shape, dtype))))
@@ -102,9 +102,7 @@ def forward(x, y, w, b, five, center, eps, before, after):  # type: ignore[no-un
     groups = five[0] * five[2]
     stats = np.empty((kernels.STATISTICS, groups))
     nothing = None, None, before, after, None, None, None, False
-    kernels.runs_forward(
-        0, groups, 0, x.reshape(five), w, b, center, eps, False, True, stats, *nothing, y.reshape(five)
-    )
+    kernels.runs_forward(0, groups, 0, x.reshape(five), w, b, center, eps, True, stats, *nothing, y.reshape(five))
     return True
 
 
