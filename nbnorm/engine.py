@@ -231,7 +231,7 @@ def moments(call: Call) -> Moments:
     if not call.x.view.size:
         return _no_moments(call.axes)
     found = backend.statistics(placed.five_axes(), center=True, mask=_mask(call, placed.plan))
-    return _logical_moments(found, call.axes, placed.plan)
+    return logical_moments(found, call.axes, placed.plan)
 
 
 def _run(call: Call) -> tuple[Any, Ran]:
@@ -260,7 +260,7 @@ def compute(call: Call) -> tuple[NDArray[Any], NDArray[Any], Moments | None, Ran
         batch = _no_moments(call.axes) if wanted else None
         return np.empty_like(call.x.view), np.empty_like(call.x.view), batch, ran
     y, total, found = _forward(call, placed, ran)
-    batch = _logical_moments(found, call.axes, placed.plan) if wanted and found is not None else None
+    batch = logical_moments(found, call.axes, placed.plan) if wanted and found is not None else None
     return y, total, batch, ran
 
 
@@ -284,7 +284,8 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
     axes, plan, backend, center = call.axes, placed.plan, ran.backend, call.center
     weight, bias = _weight(call, plan), None if call.bias is None else view_param(call.bias.view, axes, plan)
     mask, epilogue = _mask(call, plan), _epilogue(call, plan)
-    stats = None if call.fixed is None else _fixed_stats(call, plan)
+    fixed = call.fixed
+    stats = None if fixed is None else fixed_stats(fixed[0].view, fixed[1].view, call.eps, plan)
     out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
     x, total, found = placed.five_axes(), call.x.view, None
     if call.renorm is not None:
@@ -339,15 +340,14 @@ def _epilogue(call: Call, plan: Plan) -> Epilogue:
     return Epilogue(call.activation, call.order, residual)
 
 
-def _fixed_stats(call: Call, plan: Plan) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The given per-channel statistics on (n, g); channels lie on g, and every sample has the same.
+def fixed_stats(mean: NDArray[Any], var: NDArray[Any], eps: float, plan: Plan) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(mean, rstd) on (n, g) of given per-channel statistics; channels lie on g, and every sample has the same.
 
     Copies: a later call may update the running statistics before the pullback of this one runs.
     """
-    assert call.fixed is not None
-    mean, var = (stat.view.astype(np.float64).reshape(1, -1) for stat in call.fixed)
+    mean, var = (stat.astype(np.float64).reshape(1, -1) for stat in (mean, var))
     shape = plan.layout.n, plan.layout.g
-    rstd = reciprocal_std(var, call.eps)
+    rstd = reciprocal_std(var, eps)
     return np.array(np.broadcast_to(mean, shape), order="C"), np.array(np.broadcast_to(rstd, shape), order="C")
 
 
@@ -373,7 +373,7 @@ def _renormalized(
     return w * r, w * d + b
 
 
-def _logical_moments(found: Moments, axes: Axes, plan: Plan) -> Moments:
+def logical_moments(found: Moments, axes: Axes, plan: Plan) -> Moments:
     """Moments on (n, g) as moments on the kept axes, in the caller's order."""
     lengths = tuple(axes.kept_shape[axis] for axis in plan.kept_order)
     back = layout.inverse(plan.kept_order)

@@ -36,7 +36,9 @@ def operation(result: str) -> Callable[[Callable[P, Prepared]], Callable[P, Any]
             key = key_of(run, args, kwargs)
             found = recall(key)
             if found is not None:
-                return found(args, kwargs)
+                result = found(args, kwargs)
+                if result is not None:
+                    return result
             call = prepare(*args, **kwargs)
             result = call.forward()
             remember(key, run, args, kwargs, call)

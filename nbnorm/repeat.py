@@ -10,15 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine
-from nbnorm.backend import Epilogue
-from nbnorm.engine import Call
+from nbnorm.arrays import read_only
+from nbnorm.backend import Backend, Epilogue
+from nbnorm.engine import Call, Operand
 
 ARRAYS = ("x", "weight", "bias")
+STATISTICS = ("running_mean", "running_var")
 MOST = 1024  # calls that are remembered; then they are forgotten, and remembered anew
-Again = Callable[..., NDArray[Any]]
+Again = Callable[..., Any]
 Place = int | str | None  # of an argument: its position, its keyword, or not given
 
 
@@ -29,9 +30,22 @@ class Remembered:
         self._again = again
         self._x, self._weight, self._bias = places
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NDArray[Any]:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result; None where the call must be checked after all."""
         x = _given(self._x, args, kwargs)
         return self._again(x, _given(self._weight, args, kwargs), _given(self._bias, args, kwargs), None)
+
+
+class RememberedWithStatistics(Remembered):
+    """The same of a call with running statistics."""
+
+    def __init__(self, again: Again, places: tuple[Place, Place, Place], mean: Place, var: Place) -> None:
+        super().__init__(again, places)
+        self._mean, self._var = mean, var
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, weight, bias = (_given(place, args, kwargs) for place in (self._x, self._weight, self._bias))
+        return self._again(x, weight, bias, _given(self._mean, args, kwargs), _given(self._var, args, kwargs))
 
 
 def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -46,7 +60,8 @@ def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     key += kwargs
     for arg in (*args, *kwargs.values()):
         if arg.__class__ is np.ndarray:
-            key += arg.shape, arg.strides, arg.dtype, arg.flags.aligned
+            flags = arg.flags
+            key += arg.shape, arg.strides, arg.dtype, flags.aligned, flags.writeable
         elif arg.__class__ is tuple:
             key += tuple, arg, *map(type, arg)  # (3,) == (3.0,)
         else:
@@ -73,33 +88,84 @@ def remember(
         hash(key)
     except TypeError:
         return
-    again = repeated(call)
-    if again is None:
-        return
     names = list(inspect.signature(op).parameters)
-    places = [names.index(name) if name in names[: len(args)] else name if name in kwargs else None for name in ARRAYS]
+
+    def place(name: str) -> Place:
+        return names.index(name) if name in names[: len(args)] else name if name in kwargs else None
+
+    places = place("x"), place("weight"), place("bias")
+    found: Remembered | None = None
+    if call.running is not None or call.fixed is not None:
+        again = repeated_with_statistics(call)
+        if again is not None:
+            found = RememberedWithStatistics(again, places, *map(place, STATISTICS))
+    else:
+        again = repeated(call)
+        if again is not None:
+            found = Remembered(again, places)
+    if found is None:
+        return
     if len(calls) >= MOST:
         calls.clear()
-    calls[key] = Remembered(again, (places[0], places[1], places[2]))
+    calls[key] = found
 
 
 def repeated(call: Call, *, bound: bool = False) -> Again | None:
     """A function (x, weight, bias, out) that does what the call does, for arrays as it had; with `bound` of (x, out),
     for weight and bias as they will be. None where there is more to the call than these."""
-    more = call.mask, call.residual, call.addend, call.fixed, call.running, call.renorm, call.dropout, call.dropped
+    if call.fixed is not None or call.running is not None:
+        return None
+    ready = _ready(call, (call.x, call.weight, call.bias))
+    if ready is None:
+        return None
+    placed, backend, epilogue = ready
+    weight, bias = (
+        None if param is None else param.view.reshape(placed.plan.param_shape) for param in (call.weight, call.bias)
+    )
+    keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape, "bound": bound}
+    return backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys)
+
+
+def repeated_with_statistics(call: Call) -> Again | None:
+    """A function (x, weight, bias, running_mean, running_var) that does what a call with these does; None where there
+    is more to it. It returns None, and has done nothing, where statistics to be updated may overlap another array."""
+    statistics = call.fixed or (call.running and (call.running.mean, call.running.var)) or ()
+    ready = _ready(call, (call.x, call.weight, call.bias, *statistics))
+    if ready is None:
+        return None
+    placed, backend, epilogue = ready
+    plan, axes, eps, shape = placed.plan, call.axes, call.eps, call.x.view.shape
+    momentum = None if call.running is None else call.running.momentum
+
+    def again(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
+        if momentum is not None and any(map(np.may_share_memory, (mean, mean, var), (x, var, x))):
+            return None
+        w, b = (None if param is None else param.reshape(plan.param_shape) for param in (weight, bias))
+        if momentum is not None:
+            for param in (weight, bias):
+                if param is not None and (np.may_share_memory(mean, param) or np.may_share_memory(var, param)):
+                    return None
+        stats = None if momentum is not None else engine.fixed_stats(mean, var, eps, plan)
+        five = read_only(x.reshape(plan.layout))
+        y, found, _ = backend.forward(five, w, b, eps, center=True, stats=stats, epilogue=epilogue)
+        if momentum is not None and found is not None:
+            batch = engine.logical_moments(found, axes, plan)
+            mean[...], var[...] = batch.blend(mean, var, momentum)
+        return y.reshape(shape)
+
+    return again
+
+
+def _ready(call: Call, operands: tuple[Operand | None, ...]) -> tuple[engine.Placed, Backend, Epilogue] | None:
+    """What runs a call of nothing but these operands, NumPy arrays that lie as kernels want them; None for others."""
+    more = call.mask, call.residual, call.addend, call.renorm, call.dropout, call.dropped
     if any(part is not None for part in more) or call.return_moments or call.weight_offset or not call.x.view.size:
         return None
-    operands = [operand for operand in (call.x, call.weight, call.bias) if operand is not None]
-    if any(type(operand.given) is not np.ndarray or not engine.plain(operand.view) for operand in operands):
-        return None
+    for operand in operands:
+        if operand is not None and (type(operand.given) is not np.ndarray or not engine.plain(operand.view)):
+            return None
     placed = engine.place(call)
     if placed.copied or placed.plan.order != tuple(range(len(placed.plan.order))):
         return None
     decision = dispatch.decide(engine.request(call, placed.plan), call.backend)
-    backend = dispatch.backend_of(decision, call.backend)
-    weight, bias = (
-        None if param is None else param.view.reshape(placed.plan.param_shape) for param in (call.weight, call.bias)
-    )
-    epilogue = Epilogue(call.activation, call.order)
-    keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape, "bound": bound}
-    return backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys)
+    return placed, dispatch.backend_of(decision, call.backend), Epilogue(call.activation, call.order)

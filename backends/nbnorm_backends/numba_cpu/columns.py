@@ -166,8 +166,8 @@ def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joine
     if mask is None and before is IDENTITY:
         first = x.reshape(grid.shape)[:, :NEAR]
         with np.errstate(invalid="ignore", over="ignore"):
-            near: Array = np.add(first[:, 0], (first - first[:, :1]).mean(axis=1))
-            return near
+            mean: Array = (first - first[:, :1]).mean(axis=1)
+            return mean + first[:, 0]
     pivot, found = np.zeros((2, grid.shape[0], grid.shape[2]))
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)

@@ -78,6 +78,21 @@ def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def increase(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] += value, for a float32 or float64 array; nothing where it is None."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not isinstance(array, types.NoneType):
+            target, position, term = args
+            old = _loaded(context, builder, array, target, position, array.dtype)
+            total = builder.fadd(old, _converted(builder, term, old.type), flags=("contract",))
+            _store(context, builder, array, target, position, total)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
 def put(typing_context: Any, stream: Any, array: Any, index: Any, value: Any) -> Any:
     """`store`; unless `stream` is None, past the caches: for whole rows of whole cache lines that nobody reads soon.
 

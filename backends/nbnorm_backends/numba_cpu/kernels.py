@@ -26,8 +26,6 @@ that check and was 15 times slower.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit, types
 
@@ -40,6 +38,7 @@ from nbnorm_backends.numba_cpu.elements import (
     borrowed,
     chosen,
     element,
+    increase,
     keep,
     load,
     minus,
@@ -72,12 +71,9 @@ K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
 STRIDE = 64  # elements between two batches of prefetches: layer norm (8192, 4096) takes 0.85 of its time with 256
 SHORT = 2048  # rows of up to so many elements
 SHORT_STRIDE = 256  # in theirs: layer norm (32768, 1024) takes 0.95 of its time with 64
-ROWS = 8  # of columns whose sums stay in registers; of gradients so many elements are summed in float32
-WIDTH = 512  # columns of a block of a run, at most
-LANES = 16  # of float32 in a vector
+ROWS = 8  # of columns whose sums stay in registers
 PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
-FEW = 128  # gradients of groups of fewer are summed in float64: with many elements rounding errors cancel
 NEAR = 32  # elements whose mean is the pivot of sums of float64
 NEAR_PIVOT = 0.25  # it is near where (sum of deviations)^2 <= n * m2 / 4: beyond it rounding errors are amplified
 NEAR_ZERO = 64.0  # sums of narrower types are done again where sum^2 > 64 * n * m2: beyond it they lose two digits
@@ -191,39 +187,18 @@ def gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, b
 
 
 @REDUCE
-def block_backward_sums(begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """sum(t * weights), sum(t * weights * d) of the ROWS * width elements from `begin` on.
-
-    They are seen as ROWS rows: a column of them is summed in the type of the scale, and the columns in float64. Float32
-    sums of more, and above all the sum of the vector's lanes, would cost several units in the last place.
-    """
-    widest_vectors()
-    s = 0.0
-    q = 0.0
-    for j in range(width):
-        ds = zero(scale)
-        dq = zero(scale)
-        for m in range(ROWS):
-            i = begin + m * width + j
-            g, v = at_like(scale, dy, i), at_like(scale, x, i)
-            d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
-            t = times(t, weights, i)
-            ds += t
-            dq += t * d
-        s += ds
-        q += dq
-    return s, q
-
-
-@REDUCE
-def rest_backward_sums(begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """`block_backward_sums` of the elements [begin, end), one by one."""
+def piece_backward_sums(
+    begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db
+):
+    """`backward_sums` of the elements [begin, end)."""
     widest_vectors()
     s = 0.0
     q = 0.0
     for i in range(begin, end):
         g, v = at_like(scale, dy, i), at_like(scale, x, i)
         d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+        increase(dw, i, t * plus(d * at_like(scale, scale, i), low, i))
+        increase(db, i, t)
         t = times(t, weights, i)
         s += t
         q += t * np.float64(d)
@@ -231,81 +206,64 @@ def rest_backward_sums(begin, end, dy, x, power, mean, scale, low, w, b, residua
 
 
 @PLAIN
-def width_of(rest):
-    """Columns of the next block of a row of which so many elements are left: whole vectors; 0 where few are left."""
-    return min(WIDTH, rest // (ROWS * LANES) * LANES)
+def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db):
+    """sum(t * weights), sum(t * weights * d) of a row, in float64.
 
-
-def in_blocks(real: Any, *activations: Any) -> bool:
-    """Whether a row is summed in blocks where it is computed in the type `real`.
-
-    In float64 one loop over the row takes half of the time. A polynomial LLVM would not unroll in a block, and so not
-    turn into vectors: gelu's pullback took 5 times as long.
+    With a weight and a bias for each element dw += t * xhat and db += t too, where xhat = d * scale + low; else both
+    are None.
     """
-    return real == types.float32 and not curved(*activations)
-
-
-def plain_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
     s = 0.0
     q = 0.0
     for begin in range(0, x.size, PIECE):
         end = min(begin + PIECE, x.size)
-        ds, dq = rest_backward_sums(
-            begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
+        ds, dq = piece_backward_sums(
+            begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db
         )
         s += ds
         q += dq
     return s, q
 
 
-def blocked_backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    s = 0.0
-    q = 0.0
-    begin = 0
-    while width_of(x.size - begin):
-        width = width_of(x.size - begin)
-        ds, dq = block_backward_sums(
-            begin, width, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
-        )
-        s += ds
-        q += dq
-        begin += ROWS * width
-    ds, dq = rest_backward_sums(
-        begin, x.size, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights
-    )
-    return s + ds, q + dq
-
-
-@chosen
-def backward_sums(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights):
-    """`block_backward_sums` of the row."""
-    return blocked_backward_sums if in_blocks(scale, before, after) else plain_backward_sums
-
-
-@PLAIN
-def add_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, dw, db):
-    """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = d * scale + low."""
-    widest_vectors()
-    for i in range(x.size):
-        g, v = at_like(scale, dy, i), at_like(scale, x, i)
-        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
-        dw[i] += t * plus(d * at_like(scale, scale, i), low, i)
-        db[i] += t
-
-
 @PLAIN
 def backward_affine(
-    dy, x, power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, past, dx
+    dy,
+    x,
+    dy_ahead,
+    x_ahead,
+    power,
+    mean,
+    scale,
+    low,
+    w,
+    b,
+    residual,
+    mask,
+    before,
+    after,
+    gain,
+    k1,
+    k2,
+    lift,
+    addend,
+    dz,
+    past,
+    dx,
 ):
-    """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t; `past` as for `affine`."""
+    """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t; `past` and rows ahead as for
+    `affine`."""
     widest_vectors()
-    for i in range(x.size):
-        g, v = at_like(scale, dy, i), at_like(scale, x, i)
-        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
-        store(dz, i, t)
-        du = times(t * at_like(scale, gain, i), w, i) + (d * at_like(scale, k2, i) + at_like(scale, k1, i))
-        du = times(du, lift, i) * slope(before, x, v)
-        put(past, dx, i, plus(keep(mask, i, du), addend, i))
+    stride = stride_of(x, x_ahead)
+    for begin in range(0, x.size, stride):
+        end = min(begin + stride, x.size)
+        fetch(dy_ahead, begin, end)
+        fetch(x_ahead, begin, end)
+        for i in range(begin, end):
+            g, v = at_like(scale, dy, i), at_like(scale, x, i)
+            d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+            store(dz, i, t)
+            du = times(t * at_like(scale, gain, i), w, i) + (d * at_like(scale, k2, i) + at_like(scale, k1, i))
+            du = times(du, lift, i) * slope(before, x, v)
+            put(past, dx, i, plus(keep(mask, i, du), addend, i))
 
 
 # ---- rows of what may be None ----------------------------------------------------------------------------------------
@@ -543,6 +501,15 @@ def add_group(source, addend, total, i, j):
             add_rows(source[i, k, j, m], addend[i, k, j, m], total[i, k, j, m])
 
 
+@ROW
+def run_ahead(x, leap, p, k, m):
+    """A run of the group p, which comes next; empty without `leap`, and behind the last group."""
+    g = x.shape[2]
+    if leap and p < x.shape[0] * g:
+        return x[p // g, k, p % g, m]
+    return x[0, 0, 0, 0, :0]
+
+
 @PLAIN
 def runs_forward(
     chunk,
@@ -588,7 +555,7 @@ def runs_forward(
                 for m in range(c):
                     xs, ys, rs = x[i, k, j, m], y[i, k, j, m], run_of(residual, i, k, j, m)
                     ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
-                    ahead = x[coming // g, k, coming % g, m] if leap and coming < n * g else xs[:0]
+                    ahead = run_ahead(x, leap, coming, k, m)
                     mean, rstd = stats[MEAN, p], stats[RSTD, p]
                     if stream:
                         affine_run(xs, ahead, mean, rstd, ws, bs, rs, ms, before, after, PAST, ys)
@@ -613,22 +580,23 @@ def affine_run(x, ahead, mean, rstd, w, b, residual, mask, before, after, past, 
 
 
 @PLAIN
-def run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, weights, precise):
-    """sum(t * weights), sum(t * weights * xhat) of a run; in float64 where float32 overflows, or with `precise`."""
+def run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, weights, dw, db):
+    """sum(t * weights), sum(t * weights * xhat) of a run, and dw and db as `backward_sums` has them; in float64 where
+    float32 overflows, or with `precise`."""
     s = np.inf
     q = np.inf
     if not precise:
         power, high, scale, low = terms(x, mean, rstd)
-        s, q = backward_sums(dy, x, power, high, scale, low, w, b, residual, mask, before, after, weights)
+        s, q = backward_sums(dy, x, power, high, scale, low, w, b, residual, mask, before, after, weights, dw, db)
         q = q * scale + low * s
     if not abs(s) + abs(q) < np.inf:
-        s, q = backward_sums(dy, x, None, mean, rstd, 0.0, w, b, residual, mask, before, after, weights)
+        s, q = backward_sums(dy, x, None, mean, rstd, 0.0, w, b, residual, mask, before, after, weights, None, None)
         q *= rstd
     return s, q
 
 
 def grow_numbers(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, k, j, m, dw, db, dws, dbs):
-    s, q = run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, None, precise)
+    s, q = run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, None, None, None)
     if dw.size:
         k = k if dw.shape[0] > 1 else 0
         dw[k, j, m] += q
@@ -639,12 +607,12 @@ def grow_numbers(dy, x, mean, rstd, w, b, residual, mask, before, after, precise
 def grow_rows(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, k, j, m, dw, db, dws, dbs):
     if dw.size and precise:
         dw, db = param_run(dw, k, j, m), param_run(db, k, j, m)
-        add_param_grads(dy, x, None, mean, rstd, 0.0, w, b, residual, mask, before, after, dw, db)
-    elif dw.size:
-        power, high, scale, low = terms(x, mean, rstd)
+        s, q = backward_sums(dy, x, None, mean, rstd, 0.0, w, b, residual, mask, before, after, w, dw, db)
+        return s, q * rstd
+    if dw.size:
         dws, dbs = param_run(dws, k, j, m), param_run(dbs, k, j, m)
-        add_param_grads(dy, x, power, high, scale, low, w, b, residual, mask, before, after, dws, dbs)
-    return run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, w, precise)
+        return run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, False, w, dws, dbs)
+    return run_backward_sums(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, w, None, None)
 
 
 @chosen
@@ -704,6 +672,7 @@ def partial_like(x, total):
 def runs_backward(
     chunk,
     groups,
+    leap,
     dy,
     x,
     w,
@@ -725,7 +694,7 @@ def runs_backward(
     dx,
 ):
     """Groups [chunk*groups, ...): where `find` asks, the sums into k and the chunk's share of dw and db; then dx and
-    dz, unless dx is empty, while dy and x are in the cache. `stream` as for `runs_forward`.
+    dz, unless dx is empty, while dy and x are in the cache. `leap` and `stream` as for `runs_forward`.
 
     Where dx is empty the sums are what is asked for, and so in float64. dw, db (chunks, r or 1, g, c), with rows of s
     where weight and bias have them, or one share in place of `chunks` where each group is met once. The sums over the
@@ -737,12 +706,14 @@ def runs_backward(
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
-    precise = dx.size == 0 or group_size(x) < FEW
+    precise = dx.size == 0
     dw1, db1 = dw[share], db[share]
     dws, dbs = partial_like(x, dw1), partial_like(x, db1)
     begin = chunk * groups
-    for p in range(begin, min(begin + groups, n * g)):
+    end = min(begin + groups, n * g)
+    for p in range(begin, end):
         i, j = p // g, p % g
+        coming = p + 1 if p + 1 < end else (chunk + leap) * groups
         mean, rstd, count = stats[MEAN, p], stats[RSTD, p], stats[COUNT, p]
         if find:
             s1, s2 = group_backward_sums(
@@ -762,7 +733,28 @@ def runs_backward(
                     rs, ms = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m)
                     ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
                     ts, zs = run_of(addend, i, a, j, m), run_of(dz, i, a, j, m)
-                    found = dys, xs, power, high, scale, low, ws, bs, rs, ms, before, after, gain, k1, k2, lift, ts, zs
+                    ahead = run_ahead(dy, leap, coming, a, m), run_ahead(x, leap, coming, a, m)
+                    found = (
+                        dys,
+                        xs,
+                        *ahead,
+                        power,
+                        high,
+                        scale,
+                        low,
+                        ws,
+                        bs,
+                        rs,
+                        ms,
+                        before,
+                        after,
+                        gain,
+                        k1,
+                        k2,
+                        lift,
+                        ts,
+                        zs,
+                    )
                     if stream:
                         backward_affine(*found, PAST, dxs)
                     else:
@@ -840,24 +832,12 @@ def add_block(x, i, k, begin, pivot, before, s, q):
         q[j] += dq
 
 
-@PLAIN
-def fetch_block(x, i, k, begin, end):
-    """Ask for columns [begin, end) of ROWS rows of sample i.
-
-    They are too short for the processor to find their streams: batch norm's sums over (32768, 1024) went from 20 to 38
-    GB/s.
-    """
-    for m in range(k, min(k + ROWS, x.shape[1])):
-        fetch(x[i, m], begin, end)
-
-
 def no_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     return r0
 
 
 def plain_blocks(mask, x, i, r0, r1, begin, pivot, before, s, q):
     for k in range(r0, r1 - ROWS + 1, ROWS):
-        fetch_block(x, i, k + ROWS, begin, begin + s.size)
         add_block(x, i, k, begin, pivot, before, s, q)
     return r0 + (r1 - r0) // ROWS * ROWS
 
@@ -962,8 +942,6 @@ def no_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean,
 
 def plain_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, begin, power, mean, scale, shift, before, after, s, q):
     for k in range(r0, r1 - ROWS + 1, ROWS):
-        fetch_block(dy, i, k + ROWS, begin, begin + s.size)
-        fetch_block(x, i, k + ROWS, begin, begin + s.size)
         add_backward_block(dy, x, i, k, begin, power, mean, scale, shift, before, after, s, q)
     return r0 + (r1 - r0) // ROWS * ROWS
 
@@ -1012,6 +990,17 @@ def columns_backward_sums(
                         own = dwr[:, i, tile, k, j % c : j % c + e - j]
                         add_param_grads(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, own[0], own[1])
             j = e
+
+
+@PLAIN
+def add_param_grads(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, dw, db):
+    """With a weight and a bias for each element: dw += t * xhat, db += t, where xhat = d * scale + low."""
+    widest_vectors()
+    for i in range(x.size):
+        g, v = at_like(scale, dy, i), at_like(scale, x, i)
+        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+        dw[i] += t * plus(d * at_like(scale, scale, i), low, i)
+        db[i] += t
 
 
 @REDUCE
@@ -1077,15 +1066,19 @@ def columns_backward_apply(
                 ts, zs, out = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
                 rest = f, c1, c2, g, ts, zs
                 if wr is None:
-                    found = dys, xs, p, m, a, None, None, b, rs, ms, before, after, *rest
+                    found = dys, xs, dys[:0], xs[:0], p, m, a, None, None, b, rs, ms, before, after, *rest
                     if stream:
                         backward_affine(*found, PAST, out)
                     else:
                         backward_affine(*found, None, out)
                 elif wr.shape[1] == 1:
                     w, bias = wr[k, 0], br[k, 0]
-                    backward_affine(dys, xs, p, m, a, b, w, bias, rs, ms, before, after, *rest, None, out)
+                    backward_affine(
+                        dys, xs, dys[:0], xs[:0], p, m, a, b, w, bias, rs, ms, before, after, *rest, None, out
+                    )
                 else:
                     ws, bs = wr[k, j % c : j % c + e - j], br[k, j % c : j % c + e - j]
-                    backward_affine(dys, xs, p, m, a, b, ws, bs, rs, ms, before, after, *rest, None, out)
+                    backward_affine(
+                        dys, xs, dys[:0], xs[:0], p, m, a, b, ws, bs, rs, ms, before, after, *rest, None, out
+                    )
             j = e

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nbnorm_backends.numba_cpu.elements import load, store
 from nbnorm_backends.numba_cpu.kernels import (
     COUNT,
     K1,
@@ -18,6 +19,7 @@ from nbnorm_backends.numba_cpu.kernels import (
     MEAN,
     PLAIN,
     RESIDUAL,
+    ROW,
     RSTD,
     clamped,
     high_of,
@@ -76,46 +78,86 @@ def replace(sums, again, doubted):
                 sums[1, i, j] = again[1, i, j]
 
 
-@PLAIN
-def group_statistics(sums, rows, pivot, i, a, g, c, center, eps, p, stats):
-    """The columns of group a of sample i as one: each one's mean weighs as its count, and their spread joins m2."""
-    folds = pivot.shape[1] // (g * c)
-    total = 0.0
-    weighed = 0.0
-    origin = 0.0
-    for k in range(folds):
-        for j in range((k * g + a) * c, (k * g + a + 1) * c):
-            n = count_of(sums, rows, i, j)
-            if n > 0.0:
-                origin = pivot[i, j] if total == 0.0 else origin
-                total += n
-                weighed += ((pivot[i, j] - origin) + sums[0, i, j] / n) * n
-    stats[COUNT, p] = total
-    if total == 0.0:
-        stats[:, p] = 0.0
-        return
-    step = weighed / total if center else 0.0
-    m2 = 0.0
-    for k in range(folds):
-        for j in range((k * g + a) * c, (k * g + a + 1) * c):
-            n = count_of(sums, rows, i, j)
-            if n > 0.0:
-                s, q = sums[0, i, j], sums[1, i, j]
-                offset = ((pivot[i, j] - origin) + s / n) - step
-                m2 += (q - s * s / n) + n * offset * offset if center else q
-    mean = origin + step
-    stats[MEAN, p] = mean
-    stats[RESIDUAL, p] = (origin - mean) + step
-    stats[M2, p] = 0.0 if m2 < 0.0 else m2  # rounding only; NaN stays NaN
-    stats[RSTD, p] = 1.0 / np.sqrt(stats[M2, p] / total + eps)
+# The columns begin, begin + c, ... of a row are one of each group. Where c is 1 that is spelled out, for vectors.
+
+
+@ROW
+def weigh(counts, s, pivot, begin, c, total, origin, weighed):
+    """total += n, weighed += sum(u - origin); the origin of a group is the first pivot that it meets."""
+    for a in range(total.size):
+        j = begin + a * c
+        n, here = load(counts, j), load(pivot, j)
+        first = here if load(total, a) == 0.0 else load(origin, a)
+        store(origin, a, first)
+        store(total, a, load(total, a) + n)
+        store(weighed, a, load(weighed, a) + ((here - first) * n + load(s, j) if n > 0.0 else 0.0))
+
+
+@ROW
+def spread(counts, s, q, pivot, begin, c, origin, step, m2):
+    """m2 += sum((u - origin - step)^2)"""
+    for a in range(step.size):
+        j = begin + a * c
+        n = load(counts, j)
+        mean = load(s, j) / n
+        offset = ((load(pivot, j) - load(origin, a)) + mean) - load(step, a)
+        own = (load(q, j) - load(s, j) * mean) + n * offset * offset
+        store(m2, a, load(m2, a) + (own if n > 0.0 else 0.0))
+
+
+@ROW
+def conclude(total, origin, step, m2, eps, count, mean, residual, squares, rstd):
+    """Rows of the statistics of one sample's groups."""
+    for a in range(total.size):
+        n, first, shift, rest = load(total, a), load(origin, a), load(step, a), load(m2, a)
+        known = n > 0.0
+        rest = 0.0 if rest < 0.0 else rest  # rounding only; NaN stays NaN
+        middle = first + shift
+        store(count, a, n)
+        store(mean, a, middle if known else 0.0)
+        store(residual, a, (first - middle) + shift if known else 0.0)
+        store(squares, a, rest if known else 0.0)
+        store(rstd, a, 1.0 / np.sqrt(rest / n + eps) if known else 0.0)
 
 
 @KERNEL
 def columns_statistics(sums, rows, pivot, g, c, center, eps, stats):
-    """stats (5, n*g) from the sums of columns about their pivots (n, w)."""
+    """stats (5, n*g) from the sums of columns about their pivots (n, w).
+
+    The columns of a group count as one: each one's mean weighs as its count, and their spread joins m2. The inner loops
+    go over groups: one after the other 1024 of them took 43 us.
+    """
+    work = np.empty((5, g))
+    total, origin, weighed, step, m2 = work[0], work[1], work[2], work[3], work[4]
+    same = np.full(pivot.shape[1], rows)
     for i in range(pivot.shape[0]):
-        for a in range(g):
-            group_statistics(sums, rows, pivot, i, a, g, c, center, eps, i * g + a, stats)
+        work[:] = 0.0
+        counts = sums[2, i] if sums.shape[0] > 2 else same
+        s, q, pivots, own = sums[0, i], sums[1, i], pivot[i], stats[:, i * g : (i + 1) * g]
+        for k in range(0, pivots.size, g * c):
+            for begin in range(k, k + c):
+                if c == 1:
+                    weigh(counts, s, pivots, begin, 1, total, origin, weighed)
+                else:
+                    weigh(counts, s, pivots, begin, c, total, origin, weighed)
+        if center:
+            for a in range(g):
+                step[a] = weighed[a] / total[a] if total[a] > 0.0 else 0.0
+        for k in range(0, pivots.size, g * c):
+            for begin in range(k, k + c):
+                if not center:
+                    add_columns(q, begin, c, m2)
+                elif c == 1:
+                    spread(counts, s, q, pivots, begin, 1, origin, step, m2)
+                else:
+                    spread(counts, s, q, pivots, begin, c, origin, step, m2)
+        conclude(total, origin, step, m2, eps, own[COUNT], own[MEAN], own[RESIDUAL], own[M2], own[RSTD])
+
+
+@PLAIN
+def add_columns(row, begin, c, total):
+    for a in range(total.size):
+        total[a] += row[begin + a * c]
 
 
 @PLAIN

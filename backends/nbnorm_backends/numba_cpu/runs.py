@@ -37,10 +37,7 @@ def forward(
     groups = groups_per_chunk(x)
     chunks = math.ceil(stats.shape[1] / groups)
     parallel = x.size > TUNING.serial
-    far = TUNING.far if x.shape[1] == 1 else TUNING.far_apart
-    fetch = x.size >= far and x.size // stats.shape[1] <= TUNING.cached
-    leap = scheduler.threads if fetch else 0
-    found = groups, leap, runs_view(x), w, b, center, eps, find, stats
+    found = groups, leap_of(scheduler, x, 2), runs_view(x), w, b, center, eps, find, stats
     target = runs_view(y)
     args = *found, *_options(x, options), *map(_optional, joined), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)
@@ -74,7 +71,20 @@ def backward(
     chunks = math.ceil(stats.shape[1] / groups)
     shares = 0 if param_shape is None else 1 if once else chunks
     grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
-    args = groups, runs_view(dy), runs_view(x), w, b, center, fixed, find, stats, coefficients, *_options(x, options)
+    args = (
+        groups,
+        leap_of(scheduler, x, 3),
+        runs_view(dy),
+        runs_view(x),
+        w,
+        b,
+        center,
+        fixed,
+        find,
+        stats,
+        coefficients,
+        *_options(x, options),
+    )
     target = runs_view(dx)
     outputs = _optional(addend), grads[0], grads[1], _optional(dz), streams(target, target.shape[4]), target
     scheduler.run(kernels.runs_backward, chunks, (*args, *outputs), parallel=x.size > TUNING.serial)
@@ -82,6 +92,13 @@ def backward(
         return None, None
     dweight, dbias = (_five_axes(grad.sum(axis=0), x, param_shape) for grad in grads)
     return dweight, dbias
+
+
+def leap_of(scheduler: Scheduler, x: Array, arrays: int) -> int:
+    """After how many chunks a thread's next one is likely to come; 0 where a group is not fetched while the one before
+    it is written. So many `arrays` like x are read and written."""
+    far = TUNING.far if x.shape[1] == 1 else TUNING.far_apart
+    return scheduler.threads if arrays * x.size >= far and x.size <= TUNING.cached * x.shape[0] * x.shape[2] else 0
 
 
 def runs_view(array: Array) -> Array:

@@ -16,8 +16,8 @@ class Tuning:
     fold: int = 1024  # columns that short rows are folded to, so that the inner loop fills vectors
     depth: int = 32  # rows that must remain: each column costs sums and coefficients of its own, in float64
     cached: int = 262144  # a group that stays in a core's cache with the next one, which is fetched meanwhile
-    far: int = 6 << 20  # elements of an x that no cache holds: its next group is fetched while one is written
-    far_apart: int = 3 << 20  # of one whose groups are not contiguous: the processor finds no streams in them
+    far: int = 12 << 20  # read and written, which no cache holds: the next group is fetched while one is written
+    far_apart: int = 6 << 20  # the same where groups are not contiguous: the processor finds no streams in them
     serial: int = 131072  # below this a hand-over to helpers (17-30 us) costs more than it gains
 
 
