@@ -53,33 +53,29 @@ def results(x: Any, rows: Any) -> list[Any]:
 )
 def test_stores_past_the_caches_change_no_bit(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, rows = X.astype(dtype), ROWS.astype(dtype)
-    monkeypatch.setattr(outputs, "STREAM", 1 << 60)
+    decide = outputs.streams
+    monkeypatch.setattr(outputs, "streams", lambda *_: False)
     expected = results(x, rows)
     asked = []
-    monkeypatch.setattr(outputs, "STREAM", 1)
-    decide = outputs.streams
-    for family in ("runs", "columns"):
-        module = sys.modules[f"nbnorm_backends.numba_cpu.{family}"]
-        monkeypatch.setattr(module, "streams", lambda *args: asked.append(decide(*args)) or asked[-1])
+    monkeypatch.setattr(outputs, "streams", lambda y, row, _: asked.append(decide(y, row, 1)) or asked[-1])
     found = results(x, rows)
     assert sum(asked) >= 13
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.tobytes() == theirs.tobytes(), index
 
 
-def test_results_that_are_no_whole_lines_go_through_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "STREAM", 1)
-    assert outputs.streams(outputs.empty((64, 512), FLAT), 512)
-    assert not outputs.streams(outputs.empty((64, 500), FLAT), 500)
-    assert not outputs.streams(outputs.empty((64, 513), FLAT)[:, 1:], 512)
-    monkeypatch.setattr(outputs, "STREAM", outputs.empty((64, 512), FLAT).nbytes + 1)
-    assert not outputs.streams(outputs.empty((64, 512), FLAT), 512)
+def test_results_that_are_small_or_no_whole_lines_go_through_the_caches() -> None:
+    y = outputs.empty((64, 512), FLAT)
+    assert outputs.streams(y, 512, y.nbytes)
+    assert not outputs.streams(y, 512, y.nbytes + 1)
+    assert not outputs.streams(outputs.empty((64, 500), FLAT), 500, 1)
+    assert not outputs.streams(outputs.empty((64, 513), FLAT)[:, 1:], 512, 1)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3, 15])
 def test_out_may_begin_anywhere(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = nbnorm.layer_norm(ROWS, 1024, backend="numba")
-    monkeypatch.setattr(outputs, "STREAM", 1)
+    monkeypatch.setattr(outputs, "STREAM_RUNS", 1)
     memory = np.zeros(ROWS.size + 32, "f4")
     first = -address(memory) % LINE // 4 + shift
     out = memory[first : first + ROWS.size].reshape(ROWS.shape)

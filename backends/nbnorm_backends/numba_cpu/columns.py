@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import kernels, merging
+from nbnorm_backends.numba_cpu import kernels, merging, outputs
 from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.kernels import NEAR, NEAR_PIVOT, NEAR_ZERO
 from nbnorm_backends.numba_cpu.options import Joined, Options
-from nbnorm_backends.numba_cpu.outputs import streams
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -117,7 +116,7 @@ def forward(
     if y.size:
         terms = grid.terms(x, stats, grid.param(weight), grid.param(bias), single=x.itemsize < 8)
         target = grid.view(y)
-        stream = streams(target, grid.width)
+        stream = outputs.streams(target, grid.width, outputs.STREAM_COLUMNS)
         grid.run(kernels.columns_apply, grid.view(x), *terms, *_along_r(weight, bias), *extra, stream, target)
 
 
@@ -162,12 +161,12 @@ def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joine
     can find that, else u of the first that counts; 0 where none does."""
     if joined.source is not None:
         first, other = (np.asarray(part).reshape(grid.shape)[:, 0] for part in joined[:2])
-        return np.asarray(first + other, order="C")
+        return np.asarray(first + other, np.float64)
     if mask is None and before is IDENTITY:
         first = x.reshape(grid.shape)[:, :NEAR]
         with np.errstate(invalid="ignore", over="ignore"):
-            mean: Array = (first - first[:, :1]).mean(axis=1)
-            return mean + first[:, 0]
+            near: Array = first[:, :1] + (first - first[:, :1]).mean(axis=1, keepdims=True)
+        return near[:, 0].copy()
     pivot, found = np.zeros((2, grid.shape[0], grid.shape[2]))
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
@@ -220,8 +219,9 @@ def backward(
         extreme = merging.columns_gains(stats, *grid.groups, w, coefficients, single, *found)
         gains = *found[:3], found[3] if extreme else None
         target = grid.view(dx)
-        outputs = grid.optional(addend), grid.optional(dz), streams(target, grid.width), target
-        grid.run(kernels.columns_backward_apply, grid.view(dy), grid.view(x), *terms, *params, *gains, *extra, *outputs)
+        stream = outputs.streams(target, grid.width, outputs.STREAM_COLUMNS_BACKWARD)
+        written = grid.optional(addend), grid.optional(dz), stream, target
+        grid.run(kernels.columns_backward_apply, grid.view(dy), grid.view(x), *terms, *params, *gains, *extra, *written)
     return dweight, dbias
 
 

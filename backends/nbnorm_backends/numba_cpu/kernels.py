@@ -881,7 +881,8 @@ def columns_apply(
 ):
     """y = after(z + residual), where z = (u * power - mean) * scale + shift, or z * wr + br in its place.
 
-    power (or None), mean, scale and shift (n, w). `stream` as for `runs_forward`, without wr.
+    power (or None), mean, scale and shift (n, w). With `stream`, and without wr, y goes past the caches while the next
+    row is fetched: neither gains without the other.
     """
     x, residual, mask, y = borrowed(x), borrowed(residual), borrowed(mask), borrowed(y)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
@@ -897,7 +898,8 @@ def columns_apply(
                 ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
                 if wr is None:
                     if stream:
-                        affine(xs, xs[:0], p, m, a, None, None, b, rs, ms, before, after, PAST, ys)
+                        below = x[i, min(k + 1, r1 - 1), j:e]
+                        affine(xs, below, p, m, a, None, None, b, rs, ms, before, after, PAST, ys)
                     else:
                         affine(xs, xs[:0], p, m, a, None, None, b, rs, ms, before, after, None, ys)
                 elif wr.shape[1] == 1:
@@ -1066,11 +1068,12 @@ def columns_backward_apply(
                 ts, zs, out = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
                 rest = f, c1, c2, g, ts, zs
                 if wr is None:
-                    found = dys, xs, dys[:0], xs[:0], p, m, a, None, None, b, rs, ms, before, after, *rest
+                    found = p, m, a, None, None, b, rs, ms, before, after, *rest
                     if stream:
-                        backward_affine(*found, PAST, out)
+                        below = min(k + 1, r1 - 1)
+                        backward_affine(dys, xs, dy[i, below, j:e], x[i, below, j:e], *found, PAST, out)
                     else:
-                        backward_affine(*found, None, out)
+                        backward_affine(dys, xs, dys[:0], xs[:0], *found, None, out)
                 elif wr.shape[1] == 1:
                     w, bias = wr[k, 0], br[k, 0]
                     backward_affine(

@@ -18,7 +18,12 @@ Array = NDArray[Any]
 
 SMALL = 1 << 14  # bytes below which NumPy's own alignment, 16, does: an aligned array costs 1 us more
 LARGE = 1 << 20  # bytes from which memory is kept
-STREAM = 8 << 20  # bytes from which results go past the caches: layer norm takes 0.75 of its time, from 4 MB on
+# Bytes from which results go past the caches. What a third-level cache of 32 MB holds together with x is better left
+# there: times through it, over times past it, of results of 8, 12, 16, 24 and 128 MiB, are
+STREAM_RUNS = 12 << 20  # 0.87, 0.99, 1.00, 1.12, 1.34 (layer norm; batch norm of 12 MiB 1.16, of 25 1.50)
+STREAM_RUNS_BACKWARD = 8 << 20  # 1.12, 1.02, 1.15, 1.16, 1.34
+STREAM_COLUMNS = 24 << 20  # 0.76, 0.86, 0.93, 1.03, 1.07 to 1.18
+STREAM_COLUMNS_BACKWARD = 12 << 20  # 0.94, 1.21, 1.16, 1.14, 1.10
 KEPT = 256 << 20  # bytes of free memory that are kept, at most, unless NBNORM_RECYCLE_BYTES says otherwise
 # `elements.put` tells LLVM more about addresses than is true of single elements; how it takes that was looked at here.
 STREAMING = numba.__version__.startswith("0.68.") and platform.machine().lower() in ("x86_64", "amd64")
@@ -89,9 +94,10 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.asarray(Lease(recycler.take(size + LINE), size)).view(dtype).reshape(shape)
 
 
-def streams(y: Array, row: int) -> bool:
-    """Whether y, written in rows of so many elements, shall go past the caches: whole lines can, and large arrays gain.
+def streams(y: Array, row: int, least: int) -> bool:
+    """Whether y, written in rows of so many elements, shall go past the caches: whole lines can, and arrays of `least`
+    bytes gain.
 
     An ordinary store reads the line that it overwrites.
     """
-    return STREAMING and y.nbytes >= STREAM and row * y.itemsize % LINE == 0 and y.ctypes.data % LINE == 0
+    return STREAMING and y.nbytes >= least and row * y.itemsize % LINE == 0 and y.ctypes.data % LINE == 0

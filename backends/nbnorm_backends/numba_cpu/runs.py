@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import kernels
+from nbnorm_backends.numba_cpu import kernels, outputs
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.options import Joined, Options
-from nbnorm_backends.numba_cpu.outputs import streams
 from nbnorm_backends.numba_cpu.pool import Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -39,7 +38,8 @@ def forward(
     parallel = x.size > TUNING.serial
     found = groups, leap_of(scheduler, x, 2), runs_view(x), w, b, center, eps, find, stats
     target = runs_view(y)
-    args = *found, *_options(x, options), *map(_optional, joined), streams(target, target.shape[4]), target
+    stream = outputs.streams(target, target.shape[4], outputs.STREAM_RUNS)
+    args = *found, *_options(x, options), *map(_optional, joined), stream, target
     scheduler.run(kernels.runs_forward, chunks, args, parallel=parallel)
 
 
@@ -86,8 +86,9 @@ def backward(
         *_options(x, options),
     )
     target = runs_view(dx)
-    outputs = _optional(addend), grads[0], grads[1], _optional(dz), streams(target, target.shape[4]), target
-    scheduler.run(kernels.runs_backward, chunks, (*args, *outputs), parallel=x.size > TUNING.serial)
+    stream = outputs.streams(target, target.shape[4], outputs.STREAM_RUNS_BACKWARD)
+    written = _optional(addend), grads[0], grads[1], _optional(dz), stream, target
+    scheduler.run(kernels.runs_backward, chunks, (*args, *written), parallel=x.size > TUNING.serial)
     if param_shape is None:
         return None, None
     dweight, dbias = (_five_axes(grad.sum(axis=0), x, param_shape) for grad in grads)
