@@ -195,10 +195,12 @@ class Backend(ABC):
         center: bool,
         epilogue: Epilogue = PLAIN,
         shape: tuple[int, ...],
+        moments: bool = False,
         bound: bool = False,
     ) -> Callable[..., Any]:
-        """`forward` with less to do, for calls like this one: a function (x, weight, bias, out) that returns y; with
-        `bound` a function (x, out), for weight and bias as they are when it is called.
+        """`forward` with less to do, for calls like this one: a function (x, weight, bias, out, stats=None) that
+        returns y, or with `moments` y and the moments, None where stats = (mean, rstd) are given; with `bound` a
+        function (x, out), for weight and bias as they are when it is called.
 
         It takes C-contiguous arrays of these sizes and dtypes, in shapes of the caller's, and None where there is none;
         `shape` is that of x, y and `out`. With `bound` it returns None, and has done nothing, where `out` is neither x
@@ -206,11 +208,12 @@ class Backend(ABC):
         """
         five, param_shape = x.shape, next((param.shape for param in (weight, bias) if param is not None), None)
 
-        def again(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+        def again(x: Any, weight: Any, bias: Any, out: Any, stats: Any = None) -> Any:
             w, b = (None if param is None else param.reshape(param_shape) for param in (weight, bias))
-            target = None if out is None else out.reshape(five)
-            y, _, _ = self.forward(read_only(x.reshape(five)), w, b, eps, center=center, epilogue=epilogue, out=target)
-            return y.reshape(shape) if out is None else out
+            keys = {"stats": stats, "out": None if out is None else out.reshape(five)}
+            y, found, _ = self.forward(read_only(x.reshape(five)), w, b, eps, center=center, epilogue=epilogue, **keys)
+            result = y.reshape(shape) if out is None else out
+            return (result, found) if moments else result
 
         def again_if_apart(x: Any, out: Any) -> Any:
             if out is not None:

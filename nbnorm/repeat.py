@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine
-from nbnorm.arrays import read_only
 from nbnorm.backend import Backend, Epilogue
 from nbnorm.engine import Call, Operand
+from nbnorm.layout import Plan
 
 ARRAYS = ("x", "weight", "bias")
 STATISTICS = ("running_mean", "running_var")
@@ -119,9 +120,7 @@ def repeated(call: Call, *, bound: bool = False) -> Again | None:
     if ready is None:
         return None
     placed, backend, epilogue = ready
-    weight, bias = (
-        None if param is None else param.view.reshape(placed.plan.param_shape) for param in (call.weight, call.bias)
-    )
+    weight, bias = _params(call, placed.plan)
     keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape, "bound": bound}
     return backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys)
 
@@ -134,26 +133,36 @@ def repeated_with_statistics(call: Call) -> Again | None:
     if ready is None:
         return None
     placed, backend, epilogue = ready
-    plan, axes, eps, shape = placed.plan, call.axes, call.eps, call.x.view.shape
-    momentum = None if call.running is None else call.running.momentum
+    plan, axes, eps = placed.plan, call.axes, call.eps
+    running = call.running
+    weight, bias = _params(call, plan)
+    keys: dict[str, Any] = {"center": True, "epilogue": epilogue, "shape": call.x.view.shape}
+    normalize = backend.repeated(placed.five_axes(), weight, bias, eps, moments=running is not None, **keys)
 
-    def again(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
-        if momentum is not None and any(map(np.may_share_memory, (mean, mean, var), (x, var, x))):
+    def evaluate(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
+        return normalize(x, weight, bias, None, engine.fixed_stats(mean, var, eps, plan))
+
+    def train(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
+        read = (x, *(param for param in (weight, bias) if param is not None))
+        if np.may_share_memory(mean, var) or any(
+            np.may_share_memory(statistic, other) for statistic in (mean, var) for other in read
+        ):
             return None
-        w, b = (None if param is None else param.reshape(plan.param_shape) for param in (weight, bias))
-        if momentum is not None:
-            for param in (weight, bias):
-                if param is not None and (np.may_share_memory(mean, param) or np.may_share_memory(var, param)):
-                    return None
-        stats = None if momentum is not None else engine.fixed_stats(mean, var, eps, plan)
-        five = read_only(x.reshape(plan.layout))
-        y, found, _ = backend.forward(five, w, b, eps, center=True, stats=stats, epilogue=epilogue)
-        if momentum is not None and found is not None:
-            batch = engine.logical_moments(found, axes, plan)
-            mean[...], var[...] = batch.blend(mean, var, momentum)
-        return y.reshape(shape)
+        assert running is not None
+        y, found = normalize(x, weight, bias, None)
+        batch = engine.logical_moments(found, axes, plan)
+        mean[...], var[...] = batch.blend(mean, var, running.momentum)
+        return y
 
-    return again
+    return evaluate if running is None else train
+
+
+def _params(call: Call, plan: Plan) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
+    """weight and bias on five axes."""
+    weight, bias = (
+        None if param is None else param.view.reshape(plan.param_shape) for param in (call.weight, call.bias)
+    )
+    return weight, bias
 
 
 def _ready(call: Call, operands: tuple[Operand | None, ...]) -> tuple[engine.Placed, Backend, Epilogue] | None:

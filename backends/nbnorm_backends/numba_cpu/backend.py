@@ -15,10 +15,11 @@ from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved
 from nbnorm.dispatch import hold_over_fork
 from nbnorm.parallel import thread_count
 from nbnorm.statistics import Moments
-from nbnorm_backends.numba_cpu import columns, outputs, runs, small
-from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD
+from nbnorm_backends.numba_cpu import again, columns, outputs, runs
+from nbnorm_backends.numba_cpu.kernels import RSTD
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, options_of
 from nbnorm_backends.numba_cpu.pool import Pool, Prange, Scheduler
+from nbnorm_backends.numba_cpu.tables import moments_of, table_of
 from nbnorm_backends.numba_cpu.tuning import TUNING
 from nbnorm_backends.numba_cpu.whole import WholeOps
 
@@ -46,9 +47,9 @@ class NumbaBackend(WholeOps, Backend):
         return True
 
     def statistics(self, x: Array, *, center: bool, mask: Array | None = None, epilogue: Epilogue = PLAIN) -> Moments:
-        table = _table(x)
+        table = table_of(x)
         self._forward(x, None, None, 0.0, options_of(mask, epilogue._replace(residual=None)), center, True, table)
-        return _moments(x, table, mask)
+        return moments_of(x.shape, table, mask)
 
     def forward(
         self,
@@ -64,10 +65,10 @@ class NumbaBackend(WholeOps, Backend):
         out: Array | None = None,
     ) -> tuple[Array, Moments | None, Array]:
         y = outputs.empty(x.shape, x.dtype) if out is None else out
-        table = _table(x, stats)
+        table = table_of(x, stats)
         find = stats is None
         self._forward(x, weight, bias, eps, options_of(mask, epilogue), center, find, table, y=y)
-        return y, _moments(x, table, mask) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
+        return y, moments_of(x.shape, table, mask) if find else None, table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def repeated(
         self,
@@ -79,15 +80,17 @@ class NumbaBackend(WholeOps, Backend):
         center: bool,
         epilogue: Epilogue = PLAIN,
         shape: tuple[int, ...],
+        moments: bool = False,
         bound: bool = False,
     ) -> Callable[..., Any]:
-        if _family(x) is runs and x.size <= TUNING.serial:
-            views = small.parameter_views(x, weight, bias)
-            if views is not None:
-                make = small.bound if bound else small.repeated
-                return make(x, *views, options_of(None, epilogue), center=center, eps=eps, shape=shape)
-        keys: dict[str, Any] = {"center": center, "epilogue": epilogue, "shape": shape, "bound": bound}
-        return super().repeated(x, weight, bias, eps, **keys)
+        views = again.parameter_views(x, weight, bias) if _family(x) is runs else None
+        keys: dict[str, Any] = {"center": center, "shape": shape}
+        if views is not None and bound and x.size <= TUNING.serial:
+            return again.bound(x, *views, options_of(None, epilogue), eps=eps, **keys)
+        if views is not None and not bound and isinstance(self.scheduler, Pool):
+            keys |= {"eps": eps, "moments": moments}
+            return again.repeated(self.scheduler, x, *views, options_of(None, epilogue), **keys)
+        return super().repeated(x, weight, bias, eps, epilogue=epilogue, moments=moments, bound=bound, **keys)
 
     def add_forward(
         self,
@@ -104,9 +107,9 @@ class NumbaBackend(WholeOps, Backend):
         total = outputs.empty(x.shape, x.dtype)
         sealed = total.view()
         sealed.flags.writeable = False
-        table, joined = _table(x), Joined(x, addend, total)
+        table, joined = table_of(x), Joined(x, addend, total)
         self._forward(sealed, weight, bias, eps, options_of(None, PLAIN), center, True, table, joined, y)
-        return y, total, _moments(x, table), table[RSTD].reshape(x.shape[0], x.shape[2])
+        return y, total, moments_of(x.shape, table), table[RSTD].reshape(x.shape[0], x.shape[2])
 
     def backward(self, dy: Array, saved: Saved, *, addend: Array | None = None) -> Grads:
         x, epilogue = saved.x, saved.epilogue
@@ -118,7 +121,7 @@ class NumbaBackend(WholeOps, Backend):
             saved.weight,
             saved.bias,
             options_of(saved.mask, epilogue),
-            stats=_table(x, (saved.mean, saved.rstd), saved.count),
+            stats=table_of(x, (saved.mean, saved.rstd), saved.count),
             center=saved.mean is not None,
             fixed=saved.fixed,
             find=not saved.fixed or saved.param_shape is not None,
@@ -147,7 +150,7 @@ class NumbaBackend(WholeOps, Backend):
         param_shape: tuple[int, ...] | None,
     ) -> tuple[Array, Array, Array | None, Array | None]:
         sums, dweight, dbias = self._backward(
-            dy, x, weight, None, OPTIONLESS, stats=_table(x, (mean, rstd), 1), param_shape=param_shape, dx=_nothing(x)
+            dy, x, weight, None, OPTIONLESS, stats=table_of(x, (mean, rstd), 1), param_shape=param_shape, dx=_nothing(x)
         )
         return sums[0], sums[1], dweight, dbias
 
@@ -163,7 +166,7 @@ class NumbaBackend(WholeOps, Backend):
     ) -> Array:
         given = np.stack([np.zeros(rstd.shape) if k is None else k for k in (k1, k2)])
         dx = outputs.empty(x.shape, x.dtype)
-        table = _table(x, (mean, rstd))
+        table = table_of(x, (mean, rstd))
         self._backward(dy, x, weight, None, OPTIONLESS, stats=table, find=False, coefficients=given, dx=dx)
         return dx
 
@@ -243,25 +246,6 @@ def _scheduler() -> Scheduler:
 def _family(x: Array) -> ModuleType:
     """By what is innermost in memory: elements of one statistic, or of many."""
     return columns if x.shape[1] > 1 and x.shape[4] == 1 else runs
-
-
-def _table(x: Array, stats: tuple[Array | None, Array] | None = None, count: Any = None) -> Array:
-    """The kernels' array of statistics (5, n*g), with what is given; the count is that of a call without a mask."""
-    n, r, g, c, s = x.shape
-    table = np.zeros((5, n * g))
-    table[COUNT] = r * c * s if count is None else np.broadcast_to(count, (n, g)).reshape(-1)
-    if stats is not None:
-        mean, rstd = stats
-        table[MEAN] = 0.0 if mean is None else mean.reshape(-1)
-        table[RSTD] = rstd.reshape(-1)
-    return table
-
-
-def _moments(x: Array, table: Array, mask: Array | None = None) -> Moments:
-    mean, residual, m2, count = (table[row].reshape(x.shape[0], x.shape[2]) for row in (MEAN, RESIDUAL, M2, COUNT))
-    whole = x.shape[1] * x.shape[3] * x.shape[4]
-    partial = mask is not None and not (count == whole).all()
-    return Moments(count.astype(np.int64) if partial else whole, mean, m2, residual)
 
 
 def _nothing(x: Array) -> Array:

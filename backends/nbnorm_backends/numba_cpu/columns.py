@@ -166,7 +166,8 @@ def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joine
         first = x.reshape(grid.shape)[:, :NEAR]
         with np.errstate(invalid="ignore", over="ignore"):
             near: Array = first[:, :1] + (first - first[:, :1]).mean(axis=1, keepdims=True)
-        return near[:, 0].copy()
+        column: Array = near[:, 0].copy()
+        return column
     pivot, found = np.zeros((2, grid.shape[0], grid.shape[2]))
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)

@@ -148,8 +148,14 @@ class Pool:
 
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None:
         """Run ``kernel(chunk, *args)`` for every chunk; raises what a chunk raised, after all have ended."""
-        work = worker(kernel)
-        threads = min(thread_limit(self.threads), chunks) if parallel else 1
+        if parallel:
+            self.share(worker(kernel), chunks, args)
+        else:
+            worker(kernel)(np.zeros(1, np.int64), chunks, *args)
+
+    def share(self, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
+        """The same in parallel with a `worker`, or what was compiled of one."""
+        threads = min(thread_limit(self.threads), chunks)
         if threads <= 1:
             work(np.zeros(1, np.int64), chunks, *args)
             return

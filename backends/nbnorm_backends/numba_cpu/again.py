@@ -1,4 +1,4 @@
-"""Small norms over runs that are made again and again: what does not change between calls is settled once.
+"""Norms over runs that are made again and again: what does not change between calls is settled once.
 
 Numba takes 1 us to find the types of twenty arguments, and NumPy 0.1 us to make a view: as much as the kernel takes for
 a few rows. So what is called here is the compiled function itself, which checks no types.
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from nbnorm_backends.numba_cpu import kernels, outputs
 from nbnorm_backends.numba_cpu.elements import CARRIERS, INNER
 from nbnorm_backends.numba_cpu.options import Options
-from nbnorm_backends.numba_cpu.pool import worker
-from nbnorm_backends.numba_cpu.runs import groups_per_chunk, parameters, runs_view
+from nbnorm_backends.numba_cpu.pool import Pool, worker
+from nbnorm_backends.numba_cpu.runs import groups_per_chunk, leap_of, parameters, runs_view
+from nbnorm_backends.numba_cpu.tables import moments_of
+from nbnorm_backends.numba_cpu.tuning import TUNING
 
 Array = NDArray[Any]
 
@@ -33,25 +35,47 @@ def parameter_views(x: Array, weight: Array | None, bias: Array | None) -> tuple
 
 
 def repeated(
-    x: Array, w: Array, b: Array, options: Options, *, center: bool, eps: float, shape: tuple[int, ...]
-) -> Callable[..., Array]:
+    pool: Pool,
+    x: Array,
+    w: Array,
+    b: Array,
+    options: Options,
+    *,
+    center: bool,
+    eps: float,
+    shape: tuple[int, ...],
+    moments: bool,
+) -> Callable[..., Any]:
     """`Backend.repeated`, by the kernel that `runs.forward` runs, for w and b of `parameter_views`."""
-    five, four, dtype, empty = runs_view(x).shape, w.shape, x.dtype, _empty(x)
+    given, view = x.shape, runs_view(x)
+    five, four, dtype, empty = view.shape, w.shape, x.dtype, _empty(x)
     seen = _seen(x, five)
-    total, groups = five[0] * five[2], groups_per_chunk(x)
-    chunks = math.ceil(total / groups)
-    table = kernels.STATISTICS, total
+    total, groups, leap = five[0] * five[2], groups_per_chunk(x), leap_of(pool, x, 2)
+    chunks, parallel = math.ceil(total / groups), x.size > TUNING.serial
 
-    def arguments(x: Array, w: Array, b: Array, y: Array) -> tuple[Any, ...]:
-        found = np.zeros(1, np.int64), chunks, groups, 0, x, w, b, center, eps, True, np.empty(table)
-        return *found, None, None, options.before, options.after, None, None, None, False, y
+    def arguments(x: Array, w: Array, b: Array, find: bool, table: Array, y: Array) -> tuple[Any, ...]:
+        stream = outputs.streams(y, five[4], outputs.STREAM_RUNS)
+        found = groups, leap, x, w, b, center, eps, find, table
+        return *found, None, None, options.before, options.after, None, None, None, stream, y
 
-    run = _compiled(worker(kernels.runs_forward), arguments(runs_view(x), w, b, runs_view(np.empty(x.shape, dtype))))
+    sample = runs_view(np.empty(given, dtype))
+    table = np.empty((kernels.STATISTICS, total))
+    work = worker(kernels.runs_forward)
+    run = _compiled(work, (np.zeros(1, np.int64), chunks, *arguments(view, w, b, True, table, sample)))
 
-    def again(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Array:
+    def again(x: Array, weight: Array | None, bias: Array | None, out: Array | None, stats: Any = None) -> Any:
         y = empty(shape, dtype) if out is None else out
         own = w if weight is None else weight.reshape(four), b if bias is None else bias.reshape(four)
-        run(*arguments(seen(x), *own, seen(y)))
+        table = np.empty((kernels.STATISTICS, total))
+        if stats is not None:
+            table[kernels.MEAN], table[kernels.RSTD] = (stat.reshape(-1) for stat in stats)
+        args = arguments(seen(x), *own, stats is None, table, seen(y))
+        if parallel:
+            pool.share(run, chunks, args)
+        else:
+            run(np.zeros(1, np.int64), chunks, *args)
+        if moments:
+            return y, moments_of(given, table) if stats is None else None
         return y
 
     return again

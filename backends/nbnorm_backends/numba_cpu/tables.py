@@ -1,0 +1,34 @@
+"""The kernels' array of statistics, (5, n*g), and what it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbnorm.statistics import Moments
+from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD, STATISTICS
+
+Array = NDArray[Any]
+
+
+def table_of(x: Array, stats: tuple[Array | None, Array] | None = None, count: Any = None) -> Array:
+    """The array for x (n, r, g, c, s), with what is given; the count is that of a call without a mask."""
+    n, r, g, c, s = x.shape
+    table = np.zeros((STATISTICS, n * g))
+    table[COUNT] = r * c * s if count is None else np.broadcast_to(count, (n, g)).reshape(-1)
+    if stats is not None:
+        mean, rstd = stats
+        table[MEAN] = 0.0 if mean is None else mean.reshape(-1)
+        table[RSTD] = rstd.reshape(-1)
+    return table
+
+
+def moments_of(shape: tuple[int, ...], table: Array, mask: Array | None = None) -> Moments:
+    """Moments (n, g) of an x of that shape."""
+    n, r, g, c, s = shape
+    mean, residual, m2, count = (table[row].reshape(n, g) for row in (MEAN, RESIDUAL, M2, COUNT))
+    whole = r * c * s
+    partial = mask is not None and not (count == whole).all()
+    return Moments(count.astype(np.int64) if partial else whole, mean, m2, residual)
