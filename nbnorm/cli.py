@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -200,6 +201,7 @@ def apply(
     bfloat16: BFloat16 = False,
 ) -> None:
     """Normalize the channels of a .npy file with saved statistics: (x - mean) / sqrt(var + eps), read in blocks."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else half a file would be left
     console = _console()
     with _failures_in_one_line():
         for given in (file, stats):
