@@ -134,7 +134,7 @@ def read_whole(file: BinaryIO, target: memoryview) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChannelStatistics:
-    """Of each channel, (C,). Extremes are NaN where there is no element, and where one is NaN."""
+    """Of each channel, (C,). Extremes are NaN where an element is, and Inf and -Inf where there is none."""
 
     moments: Moments
     least: Float64s

@@ -108,6 +108,13 @@ def test_a_large_mean_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(found.moments.var(), oracle(x, 1)[1].astype(float), rtol=1e-13)
 
 
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    source = stream.open_array(save(tmp_path / "x.npy", np.ones((100, 3))), 1)
+    os.truncate(tmp_path / "x.npy", 1000)
+    with pytest.raises(ValueError, match=r"x.npy ended early: somebody has cut it while it was read"):
+        stream.channel_statistics(source, lambda count: None)
+
+
 def test_shards_merge_to_the_whole(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(5, 2, (100, 3)).astype(np.float32)
     parts = []
