@@ -12,7 +12,7 @@ from nbnorm.derived import (
 )
 from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback, SecondPullback
-from nbnorm.errors import BackendError
+from nbnorm.errors import BackendError, StateError
 from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
 from nbnorm.operation import explain, vjp
 from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
@@ -38,6 +38,7 @@ __all__ = [
     "Plan",
     "Pullback",
     "SecondPullback",
+    "StateError",
     "Welford",
     "add_layer_norm",
     "add_rms_norm",

@@ -1,13 +1,15 @@
-"""The `nbnorm` command: `nbnorm demo`, `nbnorm info` and `nbnorm warmup`."""
+"""The `nbnorm` command: `nbnorm demo`, `info`, `warmup`, and for files `stats` and `apply`."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,13 +18,24 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 import nbnorm
+from nbnorm import state, stream
+from nbnorm.containers import container_of
 from nbnorm.demo import picture, training
 from nbnorm.dispatch import BUILT_IN_NAMES, BUILT_IN_ORDER, registry
-from nbnorm.errors import BackendError
+from nbnorm.errors import BackendError, StateError
+from nbnorm.files import replacing
 from nbnorm.parallel import available_threads, thread_count
 from nbnorm.warmup import DTYPES, NORMS, warm
 from nbnorm_backends.numba_cpu import store
@@ -51,6 +64,10 @@ def options(
 def _check_plot(path: Path) -> Path:
     if path.suffix.lower() not in picture.FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(picture.FORMATS)}; got '{path}'")
+    return _check_folder(path)
+
+
+def _check_folder(path: Path) -> Path:
     if not os.access(path.parent, os.W_OK) or not path.parent.is_dir():
         raise typer.BadParameter(f"'{path.parent}' is not a folder that can be written to")
     return path
@@ -127,6 +144,127 @@ def warmup(
             progress.advance(task)
     console.print(f"ready after {time.perf_counter() - begin:.1f} s")
     console.print(f"cache folder: {_cache()}", soft_wrap=True)
+
+
+# ---- nbnorm stats and nbnorm apply -----------------------------------------------------------------------------------
+
+SHOWN = 10  # channels at each end of the table
+
+BFloat16 = Annotated[
+    bool, typer.Option("--bfloat16", help="Two-byte elements are bfloat16, for which .npy files have no name.")
+]
+
+
+def _check_state_path(path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            container_of(path)
+        except StateError as error:
+            raise typer.BadParameter(str(error)) from error
+        _check_folder(path)
+    return path
+
+
+@app.command()
+def stats(
+    file: Annotated[Path, typer.Argument(help="A .npy file of floating dtype, of any size.")],
+    channel_axis: Annotated[int, typer.Option(help="The axis of the channels; negative from the end.")],
+    save: Annotated[
+        Path | None,
+        typer.Option(callback=_check_state_path, help="A .npz or .safetensors file for what nbnorm apply needs."),
+    ] = None,
+    bfloat16: BFloat16 = False,
+    every: Annotated[bool, typer.Option("--all", help="Show all channels, not the first and last ten.")] = False,
+) -> None:
+    """Count, mean and standard deviation of each channel of a .npy file, read in blocks."""
+    console = _console()
+    with _failures_in_one_line():
+        if save is not None:
+            _check_other(save, file)
+        source = stream.open_array(file, channel_axis, bfloat16)
+        with _bytes_progress(console, "reading", source.nbytes) as advance:
+            found = stream.channel_statistics(source, advance)
+        console.print(_channels(source, found, every))
+        if save is not None:
+            _check_finite(found)
+            state.write_moments(save, found.moments, {"channel_axis": str(channel_axis)})
+            console.print(f"saved: {save}", soft_wrap=True)
+
+
+@app.command()
+def apply(
+    file: Annotated[Path, typer.Argument(metavar="IN", help="A .npy file of floating dtype, of any size.")],
+    stats: Annotated[Path, typer.Option(help="What nbnorm stats has saved.")],
+    out: Annotated[Path, typer.Option(help="The .npy file to write, of the same shape and dtype.", dir_okay=False)],
+    eps: Annotated[float, typer.Option(min=0, help="Is added to the variance.")] = 1e-5,
+    channel_axis: Annotated[int | None, typer.Option(help="In place of the axis that the statistics name.")] = None,
+    bfloat16: BFloat16 = False,
+) -> None:
+    """Normalize the channels of a .npy file with saved statistics: (x - mean) / sqrt(var + eps), read in blocks."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else half a file would be left
+    console = _console()
+    with _failures_in_one_line():
+        for given in (file, stats):
+            _check_other(out, given)
+        moments, metadata = state.read_moments(stats)
+        axis = _saved_axis(stats, metadata) if channel_axis is None else channel_axis
+        source = stream.open_array(file, axis, bfloat16)
+        stream.check_statistics(source, moments, eps)
+        with replacing(out) as target, _bytes_progress(console, "normalizing", source.nbytes) as advance:
+            stream.normalize(source, target, moments, eps, advance)
+        console.print(f"saved: {out}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _failures_in_one_line() -> Iterator[None]:
+    """What is wrong with a file is said by the message alone."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        sys.exit(f"nbnorm: {error}")
+
+
+def _check_other(written: Path, read: Path) -> None:
+    if written.exists() and read.exists() and written.samefile(read):
+        raise ValueError(f"{written} is the file that is read; name another one to write")
+
+
+@contextlib.contextmanager
+def _bytes_progress(console: Console, name: str, total: int) -> Iterator[stream.Advance]:
+    columns = "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _channels(source: stream.ArrayFile, found: stream.ChannelStatistics, every: bool) -> Table:
+    table = Table(title=f"{source.path}: {source.dtype.name} {source.shape}")
+    for name in ("channel", "count", "mean", "std", "min", "max", "NaN or Inf"):
+        table.add_column(name, justify="right")
+    channels = source.view[1]
+    numbers = found.moments.mean, found.moments.std(), found.least, found.most
+    for channel in range(channels):
+        if every or channel < SHOWN or channel >= channels - SHOWN:
+            cells = (f"{values[channel]:.6g}" for values in numbers)
+            nonfinite = str(found.nonfinite[channel]) if found.nonfinite[channel] else ""
+            table.add_row(str(channel), str(found.moments.count[channel]), *cells, nonfinite)
+        elif channel == SHOWN:
+            table.add_row(f"{channels - 2 * SHOWN} more")
+    return table
+
+
+def _check_finite(found: stream.ChannelStatistics) -> None:
+    bad = np.flatnonzero(found.nonfinite)
+    if bad.size:
+        names = ", ".join(map(str, bad[:SHOWN])) + (" and more" if bad.size > SHOWN else "")
+        raise ValueError(f"nothing saved: there are NaN or Inf in {bad.size} of the channels: {names}")
+
+
+def _saved_axis(path: Path, metadata: dict[str, str]) -> int:
+    try:
+        return int(metadata["channel_axis"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} names no channel axis; give --channel-axis") from None
 
 
 # ---- nbnorm info -----------------------------------------------------------------------------------------------------

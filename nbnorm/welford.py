@@ -15,6 +15,11 @@ class Welford:
 
     Each batch's moments come from a backend (float64, shifted sums) and join by the pairwise merge.
 
+    Parameters
+    ----------
+    moments : Moments
+        What has been seen before, such as `nbnorm.state.read_moments` gives; nothing without it.
+
     Examples
     --------
     >>> import numpy as np, nbnorm
@@ -25,8 +30,10 @@ class Welford:
     (6, [5.0, 6.0], [11.666666666666666, 11.666666666666666])
     """
 
-    def __init__(self) -> None:
-        self._moments: Moments | None = None
+    def __init__(self, moments: Moments | None = None) -> None:
+        if moments is not None and not isinstance(moments, Moments):
+            raise TypeError(f"moments must be Moments; got {type(moments).__name__}")
+        self._moments = moments
 
     @classmethod
     def from_moments(cls, mean: Any, var: Any, count: int) -> Welford:
@@ -38,9 +45,7 @@ class Welford:
         >>> nbnorm.Welford.from_moments([1.0], [4.0], 10).var(ddof=1).tolist()
         [4.444444444444445]
         """
-        made = cls()
-        made._moments = from_statistics(mean, var, count)
-        return made
+        return cls(from_statistics(mean, var, count))
 
     @property
     def moments(self) -> Moments | None:

@@ -11,24 +11,7 @@ from pathlib import Path
 
 import pytest
 
-INHERITED = {
-    name: value for name, value in os.environ.items() if name == "NBNORM_CACHE_DIR" or not name.startswith("NBNORM_")
-}
-# None in sys.modules is Python's own way to say that a module cannot be imported.
-HIDE = "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')))\n"
-RUN = "from nbnorm.__main__ import main; main()"
-
-
-def nbnorm(*arguments: str | Path, hide: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command, wide enough that no line of a table is broken, with some modules made absent."""
-    code = ["-c", HIDE + RUN, hide] if hide else ["-c", RUN]
-    return subprocess.run(
-        [sys.executable, *code, *map(str, arguments)],
-        env=INHERITED | {"COLUMNS": "250"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+from command import INHERITED, RUN, nbnorm
 
 
 def cells(output: str) -> dict[str, str]:

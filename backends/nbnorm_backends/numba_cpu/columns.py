@@ -168,7 +168,8 @@ def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joine
             near: Array = first[:, :1] + (first - first[:, :1]).mean(axis=1, keepdims=True)
         column: Array = near[:, 0].copy()
         return column
-    pivot, found = np.zeros((2, grid.shape[0], grid.shape[2]))
+    pivot: Array = np.zeros((grid.shape[0], grid.shape[2]))
+    found = np.zeros_like(pivot)
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
     return pivot
