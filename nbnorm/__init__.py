@@ -1,6 +1,6 @@
 """Normalization for arrays of any framework: one API, pluggable backends, statistics that merge without loss."""
 
-from nbnorm import conventions
+from nbnorm import conventions, exchange
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads
 from nbnorm.conventions import Convention, State
@@ -56,6 +56,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "conventions",
+    "exchange",
     "explain",
     "group_norm",
     "instance_norm",

@@ -105,7 +105,7 @@ CONVENTIONS = {
             1e-5,
             ddof=1,
             channel_axis=1,
-            freezing="eval(); train() undoes it, and requires_grad=False does not stop it",
+            freezing="eval(), until train(); not by requires_grad=False",
             source="https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
             arguments={name: name for name in ("momentum", "eps", "affine", "track_running_stats")},
         ),
@@ -116,7 +116,7 @@ CONVENTIONS = {
             1e-3,
             ddof=0,
             channel_axis=-1,
-            freezing="trainable=False, which freezes weight and bias too",
+            freezing="trainable=False, with weight and bias",
             source="https://keras.io/api/layers/normalization_layers/batch_normalization/",
             arguments=CENTER_AND_SCALE | {"trainable": "trainable"},
             trainable_stops_statistics=True,
@@ -128,7 +128,7 @@ CONVENTIONS = {
             1e-3,
             ddof=1,
             channel_axis=-1,
-            freezing="training=False; trainable=False stops weight and bias alone",
+            freezing="training=False; not by trainable=False",
             source="https://www.tensorflow.org/api_docs/python/tf/compat/v1/layers/batch_normalization",
             arguments=CENTER_AND_SCALE | {"trainable": "trainable", "training": "training", "fused": "fused"},
             training=False,
@@ -140,7 +140,7 @@ CONVENTIONS = {
             1e-5,
             ddof=0,
             channel_axis=-1,
-            freezing="use_running_average=True; weight and bias are the optimizer's affair",
+            freezing="use_running_average=True",
             source="https://flax.readthedocs.io/en/latest/api_reference/flax.linen/layers.html",
             arguments={
                 "axis": "channel_axis",
@@ -183,10 +183,10 @@ def table() -> None:
     >>> import nbnorm
     >>> nbnorm.conventions.table()
     system  momentum weighs  default  eps    running var  axis  statistics stop by
-    torch   new batch        0.1      1e-05  unbiased     1     eval(); train() undoes it, and requires_grad=False ...
-    keras   old statistics   0.99     0.001  biased       -1    trainable=False, which freezes weight and bias too
-    tf1     old statistics   0.99     0.001  unbiased *   -1    training=False; trainable=False stops weight and ...
-    flax    old statistics   0.99     1e-05  biased       -1    use_running_average=True; weight and bias are the ...
+    torch   new batch        0.1      1e-05  unbiased     1     eval(), until train(); not by requires_grad=False
+    keras   old statistics   0.99     0.001  biased       -1    trainable=False, with weight and bias
+    tf1     old statistics   0.99     0.001  unbiased *   -1    training=False; not by trainable=False
+    flax    old statistics   0.99     1e-05  biased       -1    use_running_average=True
     onnx    old statistics   0.9      1e-05  biased       1     training_mode=0, the default
     * with the fused kernel, the default for four axes; biased with fused=False
     """
@@ -333,7 +333,7 @@ def running_of(state: Mapping[str, Any], metadata: Mapping[str, str] | None = No
     history = dict(getattr(state, "metadata", {}) if metadata is None else metadata)
     try:
         mean, var, count = (numpy_copy(state[name], name) for name in RUNNING)
-        return RunningStatistics.from_history(mean, var, int(count), history)
+        return RunningStatistics.from_history(mean, var, count, history)
     except KeyError as error:
         raise StateError(f"state must have the key {error}; got {sorted(state)}") from error
     except (TypeError, ValueError, OverflowError) as error:

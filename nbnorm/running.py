@@ -198,8 +198,8 @@ class RunningStatistics:
         initial = self.initial_weight[1]  # times the initial variance, which is 1
         if not (initial == 1).all() and (count is None or count < 2):
             raise StateError(
-                f"{exact}: elements_per_batch is missing, a number from 2 (batches were of different sizes, or it was not "
-                f"recorded); got {count}"
+                f"{exact}: elements_per_batch is missing, a number from 2 (batches were of different sizes, or it was "
+                f"not recorded); got {count}"
             )
         if not np.isfinite(initial).all():
             raise StateError(f"{exact}: the weight of its initial value is missing, which follows from num_batches")
@@ -216,7 +216,7 @@ class RunningStatistics:
         }
 
     @classmethod
-    def from_history(cls, mean: NDArray[Any], var: NDArray[Any], batches: int, history: Mapping[str, str]) -> Self:
+    def from_history(cls, mean: NDArray[Any], var: NDArray[Any], batches: Any, history: Mapping[str, str]) -> Self:
         """The inverse of `history`; what it lacks is not known.
 
         Raises
