@@ -20,6 +20,7 @@ from nbnorm.operation import explain, vjp
 from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
 from nbnorm.parallel import threads
 from nbnorm.plan import Plan, plan
+from nbnorm.recalibrate import recalibrate
 from nbnorm.running import RunningStatistics
 from nbnorm.statistics import Moments
 from nbnorm.tracking import BatchNorm, InstanceNorm, Token
@@ -67,6 +68,7 @@ __all__ = [
     "norm_dropout",
     "normalize",
     "plan",
+    "recalibrate",
     "rms_norm",
     "threads",
     "trace",

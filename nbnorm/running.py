@@ -34,9 +34,9 @@ class RunningStatistics:
         Batches that have entered each mean and each variance.
     initial_weight : float or array, broadcastable to (2, C)
         Weight that the initial mean 0 and variance 1 still have; NaN where that is not known.
-    elements_per_batch : int or None
+    elements_per_batch : int, inf or None
         Elements of each channel in every batch, where there was one such number; None where there was not, or it is not
-        known.
+        known. Infinity for the statistics of a whole data set: its variance is the same by either `ddof`.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class RunningStatistics:
     ddof: int = 1
     batches: Any = 0  # after construction an array (2, C), as is initial_weight
     initial_weight: Any = UNKNOWN
-    elements_per_batch: int | None = None
+    elements_per_batch: float | None = None
 
     def __post_init__(self) -> None:
         mean, var = np.array(self.mean, np.float64), np.array(self.var, np.float64)
@@ -76,8 +76,7 @@ class RunningStatistics:
             raise ValueError(f"batches must be whole numbers from 0; got {self.batches!r}")
         if ((weight < 0) | (weight > 1)).any():
             raise ValueError(f"initial_weight must be from 0 to 1, or NaN; got {self.initial_weight!r}")
-        if self.elements_per_batch is not None and check_index("elements_per_batch", self.elements_per_batch) < 2:
-            raise ValueError(f"elements_per_batch must be at least 2, or None; got {self.elements_per_batch}")
+        check_elements(self.elements_per_batch)
         object.__setattr__(self, "mean", read_only(mean))
         object.__setattr__(self, "var", read_only(var))
         object.__setattr__(self, "batches", np.broadcast_to(batches.astype(np.int64), (2, *mean.shape)))
@@ -92,16 +91,18 @@ class RunningStatistics:
     def of(cls, moments: Moments, ddof: int = 1, batches: int = 1) -> Self:
         """The statistics of a whole data set, seen in so many batches.
 
+        The variance is that of the data set itself, ``m2 / count``, whatever `ddof` later batches have.
+
         Parameters
         ----------
         moments : Moments of shape (C,), each of two elements or more
         """
-        mean_and_var, known = moments.per_channel(moments.mean.shape, ddof)
+        mean_and_var, known = moments.per_channel(moments.mean.shape, ddof=0)
         if not known.all():
             few = np.flatnonzero(~known.all(axis=0)).tolist()
             raise ValueError(f"moments must have at least 2 elements in each channel; channels {few} have fewer")
         mean, var = mean_and_var
-        return cls(mean, var, ddof, batches, 0.0, _common_count(moments))
+        return cls(mean, var, ddof, batches, 0.0, math.inf)
 
     @classmethod
     def mixture(cls, parts: Sequence[RunningStatistics], weights: Sequence[float] | None = None) -> RunningStatistics:
@@ -172,7 +173,7 @@ class RunningStatistics:
         mean, var = new
         return type(self)(mean, var, self.ddof, batches, weight, count)
 
-    def with_ddof(self, ddof: int, elements_per_batch: int | None = None) -> Self:
+    def with_ddof(self, ddof: int, elements_per_batch: float | None = None) -> Self:
         """The statistics as they would be with biased (0) or unbiased (1) variances of the same batches.
 
         Parameters
@@ -191,19 +192,20 @@ class RunningStatistics:
             return self
         count = self.elements_per_batch
         if count is None:
-            count = None if elements_per_batch is None else check_index("elements_per_batch", elements_per_batch)
+            count = check_elements(elements_per_batch)
         elif elements_per_batch not in (None, count):
             raise StateError(f"elements_per_batch must be {count}, as the statistics know; got {elements_per_batch}")
         exact = f"var of ddof {self.ddof} has no exact one of ddof {ddof}"
         initial = self.initial_weight[1]  # times the initial variance, which is 1
-        if not (initial == 1).all() and (count is None or count < 2):
+        if not (initial == 1).all() and count is None:
             raise StateError(
                 f"{exact}: elements_per_batch is missing, a number from 2 (batches were of different sizes, or it was "
                 f"not recorded); got {count}"
             )
         if not np.isfinite(initial).all():
             raise StateError(f"{exact}: the weight of its initial value is missing, which follows from num_batches")
-        factor = 1.0 if count is None else count / (count - 1) if ddof else (count - 1) / count
+        bessel = 1.0 if count in (None, math.inf) else count / (count - 1)
+        factor = bessel if ddof else 1.0 / bessel
         return replace(self, var=np.maximum((self.var - initial) * factor + initial, 0.0), ddof=ddof)
 
     def history(self) -> dict[str, str]:
@@ -235,6 +237,13 @@ def check_momentum(momentum: float | None) -> float | None:
     if momentum is not None and not 0 <= check_number("momentum", momentum) <= 1:
         raise ValueError(f"momentum must be from 0 to 1, or None; got {momentum}")
     return momentum
+
+
+def check_elements(count: float | None) -> float | None:
+    """A number of elements that has a variance: whole, from 2; infinity, or None."""
+    if count is not None and count != math.inf and check_index("elements_per_batch", count) < 2:
+        raise ValueError(f"elements_per_batch must be at least 2, or None; got {count}")
+    return count
 
 
 def _step(momentum: float | None, batches: NDArray[np.int64], zero_debias: bool) -> Any:

@@ -86,7 +86,7 @@ class TrackingLayer(Layer):
         tracks = check_flag("track_running_stats", track_running_stats)
         self.running = RunningStatistics.initial(num_features) if tracks else None
         self.pending: Moments | None = None
-        self._collected: list[Moments] | None = None  # where moments go during a recalibration
+        self._collector: Callable[[Moments], None] | None = None  # who takes the moments during a recalibration
 
     @property
     def statistics(self) -> Statistics:
@@ -204,8 +204,8 @@ class TrackingLayer(Layer):
         usable = finite(found, self.nonfinite)
         if not np.any(usable.count):
             return
-        if self._collected is not None:
-            self._collected.append(usable)
+        if self._collector is not None:
+            self._collector(usable)
         elif update:
             self._update(usable)
         else:
