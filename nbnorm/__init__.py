@@ -16,6 +16,7 @@ from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback, SecondPullback
 from nbnorm.errors import BackendError, StateError
 from nbnorm.layers import GroupNorm, LayerNorm, RMSNorm
+from nbnorm.microbatch import MicroBatchNorm
 from nbnorm.operation import explain, vjp
 from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
 from nbnorm.parallel import threads
@@ -41,6 +42,7 @@ __all__ = [
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "MicroBatchNorm",
     "Moments",
     "Plan",
     "Pullback",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, Literal, Self, get_args
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.arrays import Array, adapter_of
+from nbnorm.arrays import Array
+from nbnorm.backend import Grads
 from nbnorm.checks import check_flag, check_index, check_length, check_number
 from nbnorm.conventions import (
     Convention,
@@ -25,6 +27,7 @@ from nbnorm.conventions import (
 )
 from nbnorm.errors import StateError
 from nbnorm.layers import GroupNorm, Layer, Pullback, Statistics
+from nbnorm.microbatch import MicroBatchNorm, axes_but
 from nbnorm.operation import vjp
 from nbnorm.ops import batch_norm, instance_norm, moments
 from nbnorm.running import RunningStatistics, check_momentum
@@ -153,15 +156,10 @@ class TrackingLayer(Layer):
         ValueError, TypeError, BackendError
             As the function does. After an error the layer is as before.
         """
-        check_flag("update", update)
-        if token is not None and not isinstance(token, Token):
-            raise TypeError(f"token must be a nbnorm.Token; got {type(token).__name__}")
-        takes = self.tracking and (token is None or self not in token._layers)
+        takes = self._takes(update, token)
         y, pullback, found = self._normalize(x, mask, takes)
         if found is not None:
-            self._take_in(found, update)
-            if token is not None:
-                token._layers.add(self)
+            self._take_in(found, update, token)
         self._pullback = pullback
         return y
 
@@ -200,10 +198,21 @@ class TrackingLayer(Layer):
     def _joined(self, first: Moments, second: Moments) -> Moments:
         """The moments of two batches as those of one."""
 
-    def _take_in(self, found: Moments, update: bool) -> None:
+    def _takes(self, update: bool, token: Token | None) -> bool:
+        """Whether a call takes the moments of x in."""
+        check_flag("update", update)
+        if token is not None and not isinstance(token, Token):
+            raise TypeError(f"token must be a nbnorm.Token; got {type(token).__name__}")
+        return self.tracking and (token is None or self not in token._layers)
+
+    def _take_in(self, found: Moments, update: bool, token: Token | None) -> None:
         usable = finite(found, self.nonfinite)
-        if not np.any(usable.count):
-            return
+        if np.any(usable.count):
+            self._hand_on(usable, update)
+        if token is not None:
+            token._layers.add(self)
+
+    def _hand_on(self, usable: Moments, update: bool) -> None:
         if self._collector is not None:
             self._collector(usable)
         elif update:
@@ -396,6 +405,73 @@ class BatchNorm(TrackingLayer):
         made.load_state_dict(state)
         return made
 
+    def micro_batches(self, xs: Sequence[Array], *, update: bool = True, token: Token | None = None) -> list[Array]:
+        """Normalize the parts of one batch, as that batch; `backward` takes a list of gradients then, and returns one.
+
+        Results, gradients and running statistics are those of a call with the whole batch, within rounding: for
+        gradient accumulation that is exact. See `MicroBatchNorm` for parts that are not in memory together.
+
+        Parameters
+        ----------
+        xs : sequence of arrays, alike but for their sizes
+        update, token
+            As for a call.
+
+        Returns
+        -------
+        list of arrays like those of xs
+
+        Raises
+        ------
+        FloatingPointError, ValueError, TypeError, BackendError
+            As for a call.
+
+        Examples
+        --------
+        >>> import numpy as np, nbnorm
+        >>> whole = np.array([[1.0], [2.0], [6.0]])
+        >>> layer, other = (nbnorm.BatchNorm(1, dtype=np.float64) for _ in range(2))
+        >>> parts = layer.micro_batches([whole[:2], whole[2:]])
+        >>> np.allclose(np.concatenate(parts), other(whole)), np.allclose(layer.running_var, other.running_var)
+        (True, True)
+        >>> dx = layer.backward([whole[:2], whole[2:]])
+        >>> np.allclose(np.concatenate(dx), other.backward(whole))
+        True
+        """
+        takes = self._takes(update, token)
+        if not xs:
+            raise ValueError("xs must have at least one part; got none")
+        ys, pullback, found = self._by_running(xs, takes) if self.statistics == "running" else self._by_batch(xs)
+        if found is not None and takes:
+            self._take_in(found, update, token)
+        self._pullback = pullback
+        return ys
+
+    def _by_batch(self, xs: Sequence[Array]) -> tuple[list[Array], Pullback, Moments | None]:
+        """The parts by the statistics of all of them."""
+        norm = MicroBatchNorm(self.weight, self.bias, self.eps, channel_axis=self.channel_axis)
+        for x in xs:
+            norm.measure(x)
+
+        def pullback(dys: Sequence[Array]) -> Grads:
+            pairs = _paired(xs, dys)
+            for x, dy in pairs:
+                norm.measure_gradient(x, dy)
+            return Grads([norm.gradient(x, dy) for x, dy in pairs], **norm.grads)
+
+        return [norm.normalize(x) for x in xs], pullback, norm.moments
+
+    def _by_running(self, xs: Sequence[Array], takes: bool) -> tuple[list[Array], Pullback, Moments | None]:
+        """The parts by the running statistics, each on its own."""
+        ys, pullbacks, found = zip(*(self._normalize(x, None, takes) for x in xs), strict=True)
+
+        def pullback(dys: Sequence[Array]) -> Grads:
+            parts = [back(dy) for back, (_, dy) in zip(pullbacks, _paired(xs, dys), strict=True)]
+            totals = (None if part[0] is None else sum(part) for part in list(zip(*parts, strict=True))[1:3])
+            return Grads([part.x for part in parts], *totals)
+
+        return list(ys), pullback, reduce(Moments.merge, found) if takes else None
+
     def group_norm(self, num_groups: int | None = None) -> GroupNorm:
         """A group norm with copies of weight and bias, to stand in this layer's place and to be trained on.
 
@@ -429,7 +505,7 @@ class BatchNorm(TrackingLayer):
             self.running = RunningStatistics.initial(self.num_features, ddof)
 
     def _moments(self, x: Array, mask: Array | None) -> Moments:
-        return moments(x, _axes_but(x, self.channel_axis), mask=mask)
+        return moments(x, axes_but(x, self.channel_axis), mask=mask)
 
     def _joined(self, first: Moments, second: Moments) -> Moments:
         return first.merge(second)
@@ -474,11 +550,17 @@ class InstanceNorm(TrackingLayer):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **keys, dtype=dtype)
 
     def _moments(self, x: Array, mask: Array | None) -> Moments:
-        return moments(x, tuple(axis for axis in _axes_but(x, self.channel_axis) if axis), mask=mask)
+        return moments(x, tuple(axis for axis in axes_but(x, self.channel_axis) if axis), mask=mask)
 
     def _joined(self, first: Moments, second: Moments) -> Moments:
         pairs = zip(_fields(first), _fields(second), strict=True)
         return Moments(*(np.concatenate(pair) for pair in pairs))
+
+
+def _paired(xs: Sequence[Array], dys: Sequence[Array]) -> list[tuple[Array, Array]]:
+    if len(dys) != len(xs):
+        raise ValueError(f"dy must be a sequence of {len(xs)} parts, as x was; got {len(dys)}")
+    return list(zip(xs, dys, strict=True))
 
 
 def finite(found: Moments, policy: NonFinite) -> Moments:
@@ -499,9 +581,3 @@ def finite(found: Moments, policy: NonFinite) -> Moments:
 
 def _fields(found: Moments) -> tuple[Any, ...]:
     return np.broadcast_to(found.count, found.mean.shape), found.mean, found.m2, found.residual
-
-
-def _axes_but(x: Array, channel_axis: int) -> tuple[int, ...]:
-    """All axes of x but that of the channels."""
-    ndim = adapter_of(x, "x").view(x, "x").ndim
-    return tuple(axis for axis in range(ndim) if axis != channel_axis % ndim)
