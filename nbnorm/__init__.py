@@ -3,6 +3,7 @@
 from nbnorm import conventions, exchange
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads
+from nbnorm.bank import StatsBank
 from nbnorm.conventions import Convention, State
 from nbnorm.derived import (
     add_layer_norm,
@@ -15,6 +16,7 @@ from nbnorm.derived import (
 from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback, SecondPullback
 from nbnorm.errors import BackendError, StateError
+from nbnorm.fold import fold_batch_norm
 from nbnorm.layers import GroupNorm, LayerNorm, RMSNorm
 from nbnorm.microbatch import MicroBatchNorm
 from nbnorm.operation import explain, vjp
@@ -51,6 +53,7 @@ __all__ = [
     "SecondPullback",
     "State",
     "StateError",
+    "StatsBank",
     "Token",
     "Welford",
     "add_layer_norm",
@@ -61,6 +64,7 @@ __all__ = [
     "conventions",
     "exchange",
     "explain",
+    "fold_batch_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
