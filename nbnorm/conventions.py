@@ -4,7 +4,7 @@ becomes another's."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.arrays import adapter_of
-from nbnorm.checks import check_flag
+from nbnorm.checks import check_flag, check_length
 from nbnorm.errors import StateError
 from nbnorm.running import RunningStatistics, check_momentum
 
@@ -38,6 +38,10 @@ class State(dict[str, NDArray[Any]]):
     def __init__(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(arrays)
         self.metadata: dict[str, str] = dict(metadata or {})
+
+    def copy(self) -> State:
+        """A state of its own with the same arrays: a dict's copy would lose the metadata."""
+        return State(self, self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,8 @@ CONVENTIONS = {
             ddof=1,
             channel_axis=-1,
             freezing="training=False; not by trainable=False",
-            source="https://www.tensorflow.org/api_docs/python/tf/compat/v1/layers/batch_normalization",
+            source="https://www.tensorflow.org/api_docs/python/tf/compat/v1/layers/batch_normalization, and for the "
+            "variance TensorFlow's core/kernels/fused_batch_norm_op.cc",
             arguments=CENTER_AND_SCALE | {"trainable": "trainable", "training": "training", "fused": "fused"},
             training=False,
         ),
@@ -277,11 +282,11 @@ def convert(state: State, to: str, *, elements_per_batch: int | None = None, num
     target = convention_named(to)
     source, momentum = convention_of(state)
     running = running_of(state)
-    if num_batches is not None and np.isnan(running.initial_weight).any():
-        weight = initial_weight(source.weight_of_new(momentum), num_batches)
-        running = RunningStatistics(
-            running.mean, running.var, running.ddof, num_batches, weight, running.elements_per_batch
-        )
+    if num_batches is not None:
+        if not np.isnan(running.initial_weight).any():
+            raise StateError(f"num_batches must be None, as the state knows its history; got {num_batches}")
+        weight = initial_weight(source.weight_of_new(momentum), check_length("num_batches", num_batches))
+        running = replace(running, batches=num_batches, initial_weight=weight)
     ddof = running.ddof if to == source.name else target.ddof
     running = running.with_ddof(ddof, elements_per_batch)
     theirs = target.weight_of_new(source.weight_of_new(momentum))

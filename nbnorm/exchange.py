@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def write_torch(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
     states : mapping from the modules' names to State
         The name "" is that of a batch norm that is the whole module.
     """
-    from safetensors.numpy import save_file  # noqa: PLC0415  an extra
+    from safetensors.numpy import save  # noqa: PLC0415  an extra
 
     arrays, metadata = {}, {}
     for prefix, state in states.items():
@@ -95,7 +95,7 @@ def write_torch(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
             arrays[start + name] = np.array(array, narrow if name in RUNNING[:2] else None, order="C")
         metadata[start] = json.dumps(_checked(state).metadata)
     with _replacing(path) as partial:
-        save_file(arrays, partial, metadata)
+        partial.write_bytes(save(arrays, metadata))  # its own save_file makes files that only their owner may read
 
 
 def read_keras(
@@ -152,7 +152,7 @@ def write_keras(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
         If the file is damaged, or has no such layer of so many channels; it is as it was then.
     """
     with _replacing(path) as partial:
-        shutil.copyfile(path, partial)
+        shutil.copyfile(path, partial)  # first: the layers are changed in a copy
         with _hdf5(partial, "r+") as file:
             for layer, state in states.items():
                 names = _keras_names("weight" in state, "bias" in state)
@@ -261,16 +261,18 @@ def _note_layer(place: str, item: Any, found: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` once all is written and on disk."""
-    target = Path(path)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
-    os.close(handle)
+    target = Path(path).resolve()
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    partial.touch(exist_ok=False)
     try:
+        if target.exists():
+            shutil.copymode(target, partial)
         yield partial
-        with open(partial, "rb") as file:
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        partial.replace(target)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise

@@ -246,8 +246,8 @@ class LayerNorm(Layer):
     Attributes
     ----------
     weight, bias : ndarray, or None without `affine`
-    trainable, training, frozen, grads
-        As for `BatchNorm`; the mode matters to `trainable` alone.
+    grads : dict
+        Gradients, as the last `backward` left them; none while the layer is frozen, or ``trainable`` is False.
 
     Examples
     --------
@@ -288,8 +288,8 @@ class RMSNorm(Layer):
     Attributes
     ----------
     weight : ndarray, or None without `affine`
-    trainable, training, frozen, grads
-        As for `BatchNorm`; the mode matters to `trainable` alone.
+    grads : dict
+        Gradients, as the last `backward` left them; none while the layer is frozen, or ``trainable`` is False.
 
     Examples
     --------
@@ -333,8 +333,8 @@ class GroupNorm(Layer):
     Attributes
     ----------
     weight, bias : ndarray, or None without `affine`
-    trainable, training, frozen, grads
-        As for `BatchNorm`; the mode matters to `trainable` alone.
+    grads : dict
+        Gradients, as the last `backward` left them; none while the layer is frozen, or ``trainable`` is False.
 
     Examples
     --------

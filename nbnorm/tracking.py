@@ -87,9 +87,24 @@ class TrackingLayer(Layer):
         self.num_features = num_features
         self.convention = convention_named("torch")
         tracks = check_flag("track_running_stats", track_running_stats)
-        self.running = RunningStatistics.initial(num_features) if tracks else None
+        self._running = RunningStatistics.initial(num_features) if tracks else None
         self.pending: Moments | None = None
         self._collector: Callable[[Moments], None] | None = None  # who takes the moments during a recalibration
+
+    @property
+    def running(self) -> RunningStatistics | None:
+        """The running statistics, which are immutable: set others in their place."""
+        return self._running
+
+    @running.setter
+    def running(self, value: RunningStatistics) -> None:
+        if self._running is None:
+            raise ValueError("running must be None in a layer that tracks no running statistics")
+        if not isinstance(value, RunningStatistics):
+            raise TypeError(f"running must be RunningStatistics; got {type(value).__name__}")
+        if value.mean.shape != (self.num_features,):
+            raise ValueError(f"running must have {self.num_features} channels; got {value.mean.size}")
+        self._running = value
 
     @property
     def statistics(self) -> Statistics:
@@ -368,7 +383,7 @@ class BatchNorm(TrackingLayer):
         made = cls(num_features, **read.arguments, zero_debias=zero_debias, nonfinite=nonfinite, dtype=dtype)
         made.weight = made.weight if read.weight else None
         made.bias = made.bias if read.bias else None
-        made._speak(system, read.ddof)
+        made._adopt(system, read.ddof)
         made.train(read.training)
         made.trainable = read.trainable
         return made.freeze() if read.frozen else made
@@ -401,7 +416,7 @@ class BatchNorm(TrackingLayer):
         made = cls(running.mean.size, eps, system.weight_of_new(momentum), channel_axis=axis, dtype=dtype)
         made.weight = made.weight if "weight" in params else None
         made.bias = made.bias if "bias" in params else None
-        made._speak(system, running.ddof)
+        made._adopt(system, running.ddof)
         made.load_state_dict(state)
         return made
 
@@ -472,7 +487,7 @@ class BatchNorm(TrackingLayer):
 
         return list(ys), pullback, reduce(Moments.merge, found) if takes else None
 
-    def group_norm(self, num_groups: int | None = None) -> GroupNorm:
+    def to_group_norm(self, num_groups: int | None = None) -> GroupNorm:
         """A group norm with copies of weight and bias, to stand in this layer's place and to be trained on.
 
         Its result does not depend on the batch; nor is it this layer's result, so a network must be fine-tuned.
@@ -486,7 +501,7 @@ class BatchNorm(TrackingLayer):
         Examples
         --------
         >>> import nbnorm
-        >>> nbnorm.BatchNorm(48).group_norm().num_groups
+        >>> nbnorm.BatchNorm(48).to_group_norm().num_groups
         24
         """
         if num_groups is None:
@@ -498,7 +513,7 @@ class BatchNorm(TrackingLayer):
         made.trainable = self.trainable
         return made
 
-    def _speak(self, system: Convention, ddof: int) -> None:
+    def _adopt(self, system: Convention, ddof: int) -> None:
         """Take on a convention, before the first batch."""
         self.convention = system
         if self.running is not None:

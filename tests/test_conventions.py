@@ -180,6 +180,8 @@ def test_conversion_says_what_is_missing() -> None:
     np.testing.assert_allclose(found["running_var"], expected.running_var, **CLOSE)
     with pytest.raises(nbnorm.StateError, match="elements_per_batch must be 8, as the statistics know; got 9"):
         conventions.convert(trained("keras").state_dict(), "torch", elements_per_batch=9)
+    with pytest.raises(nbnorm.StateError, match="num_batches must be None, as the state knows its history; got 5"):
+        conventions.convert(trained("keras").state_dict(), "torch", num_batches=5)
     with pytest.raises(nbnorm.StateError, match="state must say its convention in its metadata"):
         conventions.convert(State({}), "torch")
 

@@ -85,6 +85,27 @@ def test_to_torch(tmp_path: Path, convention: str) -> None:
     np.testing.assert_allclose(again.running_var, layer.running_var, rtol=1e-7)
 
 
+def test_a_module_in_bfloat16() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (it comes with the test-all extra)")
+    module = torch.nn.BatchNorm1d(4).to(torch.bfloat16).eval()
+    layer = nbnorm.BatchNorm.from_state(exchange.read_torch(module.state_dict())).eval()
+    x = torch.from_numpy(X).to(torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), module(x), rtol=2**-7, atol=2**-7)
+    assert layer.weight.dtype.name == "bfloat16"
+
+
+def test_files_keep_their_mode(tmp_path: Path) -> None:
+    path, state = tmp_path / "norm.safetensors", our_layer("torch").state_dict()
+    exchange.write_torch(path, {"": state})
+    path.chmod(0o640)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    exchange.write_torch(link, {"": state})
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_whole_module_in_float64(tmp_path: Path) -> None:
     layer, path = our_layer("torch", dtype=np.float64), tmp_path / "norm.safetensors"
     exchange.write_torch(path, {"": layer.state_dict()})

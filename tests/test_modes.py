@@ -192,12 +192,12 @@ def test_nothing_ambient() -> None:
 
 def test_group_norm_in_its_place() -> None:
     layer = trained()
-    group = layer.group_norm(2)
+    group = layer.to_group_norm(2)
     expected = norm("group_norm", X, layer.weight, layer.bias, 1e-5, num_groups=2)
     np.testing.assert_allclose(group(X), expected.y.astype(float), **CLOSE)
     group.weight[:] = 0
     assert layer.weight.all()
-    assert [nbnorm.BatchNorm(c).group_norm().num_groups for c in (64, 48, 7, 37)] == [32, 24, 7, 1]
-    assert nbnorm.BatchNorm(4, affine=False).group_norm().weight is None
+    assert [nbnorm.BatchNorm(c).to_group_norm().num_groups for c in (64, 48, 7, 37)] == [32, 24, 7, 1]
+    assert nbnorm.BatchNorm(4, affine=False).to_group_norm().weight is None
     with pytest.raises(ValueError, match=re.escape("num_groups must divide num_channels 4; got 3")):
-        layer.group_norm(3)
+        layer.to_group_norm(3)

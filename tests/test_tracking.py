@@ -127,6 +127,31 @@ def test_a_token_updates_once() -> None:
     assert other.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("with_token", [True, False])
+def test_torchs_activation_checkpointing(with_token: bool) -> None:
+    """The real one: it runs the forward again in the backward."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (it comes with the test-all extra)")
+    layer = layer_of()
+    token = nbnorm.Token() if with_token else None
+
+    class Norm(torch.autograd.Function):  # type: ignore[misc, name-defined]
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return layer(x.detach(), token=token)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any) -> Any:
+            return layer.backward(dy)
+
+    x, w = torch.from_numpy(X).requires_grad_(), torch.linspace(-1, 1, 5, dtype=torch.float64)
+    y = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(Norm.apply(x)) * w, x, use_reentrant=False)
+    y.sum().backward()
+    assert layer.num_batches_tracked == (1 if with_token else 2)
+    reference = torch.from_numpy(X).requires_grad_()
+    (torch.tanh(torch.nn.functional.batch_norm(reference, None, None, training=True)) * w).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), reference.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
 def test_a_token_and_pending() -> None:
     layer, token = layer_of(), nbnorm.Token()
     for _ in range(3):
@@ -327,6 +352,31 @@ def test_statistics_refuse_what_makes_no_sense() -> None:
     for parts, weights in (([], None), ([start, nbnorm.RunningStatistics.initial(2)], None), ([start], [-1.0])):
         with pytest.raises(ValueError, match="must"):
             nbnorm.RunningStatistics.mixture(parts, weights)
+
+
+def test_other_statistics_in_a_layer() -> None:
+    layer = layer_of()
+    layer.running = nbnorm.RunningStatistics(np.ones(3), np.full(3, 4.0))
+    np.testing.assert_allclose(layer.eval()(X), (X - 1.0) / np.sqrt(4.0 + 1e-5), **CLOSE)
+    for value, error in ((None, TypeError), (nbnorm.RunningStatistics.initial(2), ValueError)):
+        with pytest.raises(error, match="running must"):
+            layer.running = value
+    with pytest.raises(ValueError, match="running must be None"):
+        layer_of(track_running_stats=False).running = layer.running
+
+
+@pytest.mark.parametrize("kind", [nbnorm.BatchNorm, nbnorm.InstanceNorm])
+def test_running_statistics_normalize_and_follow(kind: Any) -> None:
+    """Both switches on: the old statistics normalize, then the batch's enter; also masked."""
+    mask = RNG.random((24, 1, 5)) < 0.7
+    mask[:, :, :2] = True
+    layer, other = (kind(3, track_running_stats=True, dtype=np.float64) for _ in range(2))
+    layer.statistics = "running"
+    y = layer(X, mask=mask)
+    other(X, mask=mask)
+    np.testing.assert_allclose(y, np.where(mask, X / np.sqrt(1 + 1e-5), 0.0), **CLOSE)
+    np.testing.assert_allclose(layer.running_mean, other.running_mean, **CLOSE)
+    np.testing.assert_allclose(layer.running_var, other.running_var, **CLOSE)
 
 
 def test_order_of_micro_batches_is_rounding() -> None:
