@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,15 @@ def write_torch(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
     states : mapping from the modules' names to State
         The name "" is that of a batch norm that is the whole module.
     """
-    from safetensors.numpy import save  # noqa: PLC0415  an extra
+    _needs("safetensors")
+    from safetensors.numpy import save  # noqa: PLC0415
 
     arrays, metadata = {}, {}
     for prefix, state in states.items():
         start = f"{prefix}." if prefix else ""
-        narrow = _float_of(state)
+        width = _float_of(state)
         for name, array in state.items():
-            arrays[start + name] = np.array(array, narrow if name in RUNNING[:2] else None, order="C")
+            arrays[start + name] = _narrowed(array, width, start + name) if name in RUNNING[:2] else np.array(array)
         metadata[start] = json.dumps(_checked(state).metadata)
     with _replacing(path) as partial:
         partial.write_bytes(save(arrays, metadata))  # its own save_file makes files that only their owner may read
@@ -161,7 +163,13 @@ def write_keras(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
                     target, array = variables[str(place)], _checked(state)[name]
                     if target.shape != array.shape:
                         raise StateError(f"{layer}'s {name} must have shape {target.shape}; got {array.shape}")
-                    target[...] = array
+                    target[...] = _narrowed(array, target.dtype, f"{layer}'s {name}")
+
+
+def _needs(package: str) -> None:
+    """ImportError that says what to install."""
+    if find_spec(package) is None:
+        raise ImportError(f"this file format needs the package {package}: pip install 'nbnorm[exchange]'")
 
 
 def _metadata(
@@ -192,6 +200,15 @@ def _float_of(state: State) -> Any:
     return np.float64 if wide else np.float32
 
 
+def _narrowed(array: NDArray[Any], dtype: Any, name: str) -> NDArray[Any]:
+    """The numbers in the dtype of a file; StateError where one is too large for it."""
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    if not np.isfinite(found).all():
+        raise StateError(f"{name} must fit into {np.dtype(dtype)}; got {float(abs(array).max())}")
+    return found
+
+
 def _parsed(text: str) -> dict[str, str]:
     try:
         return {str(name): str(value) for name, value in json.loads(text).items()}
@@ -210,7 +227,8 @@ def _torch_names(keys: Collection[str], start: str) -> list[str]:
 
 def _read_safetensors(path: str | os.PathLike[str], start: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """What lies under a prefix, and the metadata of the file."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415  an extra
+    _needs("safetensors")
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
     try:
         with safe_open(path, framework="numpy") as file:
@@ -222,7 +240,8 @@ def _read_safetensors(path: str | os.PathLike[str], start: str) -> tuple[dict[st
 
 @contextlib.contextmanager
 def _hdf5(path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-    import h5py  # noqa: PLC0415  an extra
+    _needs("h5py")
+    import h5py  # noqa: PLC0415
 
     Path(path).stat()  # FileNotFoundError is not damage
     try:

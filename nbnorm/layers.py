@@ -196,6 +196,7 @@ class Layer(ABC):
         arrays = self._checked_arrays(state)
         self._take_over(arrays, said)
 
+    _kind: str  # in a state's metadata; that of a derived class is its base's
     _checked_metadata: tuple[str, ...] = ("layer", "eps")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -203,7 +204,7 @@ class Layer(ABC):
         return {name: array for name, array in found.items() if array is not None}
 
     def _metadata(self) -> dict[str, str]:
-        return {"layer": type(self).__name__, "eps": repr(self.eps)}
+        return {"layer": self._kind, "eps": repr(self.eps)}
 
     def _checked_arrays(self, state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Copies of the state's arrays: they may be this layer's own, under other names."""
@@ -256,6 +257,8 @@ class LayerNorm(Layer):
     [[-1.0, 1.0]]
     """
 
+    _kind = "LayerNorm"
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -297,6 +300,8 @@ class RMSNorm(Layer):
     >>> nbnorm.RMSNorm(2, eps=0.0)(np.array([[1, -1]], np.float32)).tolist()
     [[1.0, -1.0]]
     """
+
+    _kind = "RMSNorm"
 
     def __init__(
         self,
@@ -342,6 +347,8 @@ class GroupNorm(Layer):
     >>> nbnorm.GroupNorm(2, 4)(np.array([[1, 3, 10, 30]], np.float32)).round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
+
+    _kind = "GroupNorm"
 
     def __init__(
         self,

@@ -118,6 +118,8 @@ def _shown(batches: Iterable[T], progress: bool | None) -> Iterator[Iterable[T]]
     if not check_flag("progress", progress):
         yield batches
         return
+    if find_spec("rich") is None:
+        raise ImportError("progress=True needs the package rich: pip install 'nbnorm[cli]'")
     from rich.console import Console  # noqa: PLC0415  an extra
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 

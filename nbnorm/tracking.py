@@ -322,6 +322,7 @@ class BatchNorm(TrackingLayer):
     ([[0.0, 0.0], [0.0, 0.0]], [2.0, 2.0])
     """
 
+    _kind = "BatchNorm"
     _op = staticmethod(batch_norm)
 
     def __init__(
@@ -546,6 +547,7 @@ class InstanceNorm(TrackingLayer):
     [[[-1.0, 1.0], [-1.0, 1.0]]]
     """
 
+    _kind = "InstanceNorm"
     _op = staticmethod(instance_norm)
 
     def __init__(

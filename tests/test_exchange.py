@@ -15,6 +15,10 @@ from nbnorm import conventions, exchange
 h5py = pytest.importorskip("h5py", reason="h5py is not installed (it comes with the exchange extra)")
 pytest.importorskip("safetensors", reason="safetensors is not installed (it comes with the exchange extra)")
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)  # Keras
+
 RNG = np.random.default_rng(8)
 X = RNG.normal(2.0, 3.0, (16, 4)).astype("f4")
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -93,6 +97,28 @@ def test_a_module_in_bfloat16() -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(x), module(x), rtol=2**-7, atol=2**-7)
     assert layer.weight.dtype.name == "bfloat16"
+
+
+def test_numbers_that_a_file_cannot_hold(keras: Any, tmp_path: Path) -> None:
+    """A variance of float64 that is Inf in float32: refused, and the file stays."""
+    layer, path = our_layer("keras"), tmp_path / "model.weights.h5"
+    layer.running = nbnorm.RunningStatistics(np.zeros(4), np.full(4, 1e60), ddof=0)
+    keras_model(keras).save_weights(path)
+    before = path.read_bytes()
+    with pytest.raises(nbnorm.StateError, match=r"norm's running_var must fit into float32; got 1e\+60"):
+        exchange.write_keras(path, {"norm": layer.state_dict()})
+    assert path.read_bytes() == before
+    with pytest.raises(nbnorm.StateError, match=r"running_var must fit into float32"):
+        exchange.write_torch(tmp_path / "x.safetensors", {"": layer.state_dict()})
+    assert os.listdir(tmp_path) == ["model.weights.h5"]
+
+
+@pytest.mark.parametrize("package", ["h5py", "safetensors"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
+    monkeypatch.setattr(exchange, "find_spec", lambda name: None)
+    read = exchange.read_keras if package == "h5py" else exchange.read_torch
+    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'nbnorm\[exchange\]'"):
+        read(tmp_path / "any", "norm")
 
 
 def test_files_keep_their_mode(tmp_path: Path) -> None:

@@ -169,3 +169,28 @@ def test_channel_axis(axis: int) -> None:
     for layer in (nbnorm.BatchNorm(4, channel_axis=axis), nbnorm.GroupNorm(2, 4, channel_axis=axis)):
         first = type(layer)(*((4,) if isinstance(layer, nbnorm.BatchNorm) else (2, 4)))
         np.testing.assert_allclose(np.moveaxis(layer(x), axis, 1), first(X), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", ["torch", "jax"])
+def test_array_kinds(name: str, kind: str) -> None:
+    """What goes in comes out, forward and backward, with the same numbers as NumPy's."""
+    library = pytest.importorskip(kind, reason=f"{kind} is not installed (it comes with the test-all extra)")
+    given = library.from_numpy if kind == "torch" else library.numpy.asarray
+    ours, theirs = make(name), make(name)
+    y, dx = theirs(given(X)), theirs.backward(given(DY))
+    assert type(y) is type(dx) is type(given(X))
+    np.testing.assert_array_equal(np.asarray(y), ours(X))
+    np.testing.assert_array_equal(np.asarray(dx), ours.backward(DY))
+    np.testing.assert_array_equal(theirs.grads["weight"], ours.grads["weight"])
+
+
+def test_a_derived_layer_loads_its_bases_state() -> None:
+    class Named(nbnorm.BatchNorm):
+        """One of a user's own."""
+
+    layer = nbnorm.BatchNorm(4)
+    layer(X)
+    named = Named(4)
+    named.load_state_dict(layer.state_dict())
+    np.testing.assert_array_equal(named.running_mean, layer.running_mean)
