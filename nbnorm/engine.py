@@ -89,6 +89,7 @@ class Call:
     dropped: Dropout | None = None  # of x, before anything else
     out: Operand | None = None
     return_moments: bool = False
+    precise: bool = True  # moments that are returned are float64 sums, which merge
     backend: str | Backend | None = None
 
     def forward(self) -> Any:
@@ -293,7 +294,8 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
         ran.factors = _renorm_factors(call.renorm, plan, found, call.eps)
         weight, bias = _renormalized(ran.factors, weight, bias)
     if call.addend is None:
-        keys: dict[str, Any] = {"stats": stats, "mask": mask, "epilogue": epilogue, "precise": call.return_moments}
+        precise = call.return_moments and call.precise
+        keys: dict[str, Any] = {"stats": stats, "mask": mask, "epilogue": epilogue, "precise": precise}
         y, fresh, rstd = backend.forward(x, weight, bias, call.eps, center=center, out=out, **keys)
         found = found or fresh
     else:

@@ -64,11 +64,8 @@ class RunningStatistics:
         mean, var = np.array(self.mean, np.float64), np.array(self.var, np.float64)
         if mean.ndim != 1 or mean.shape != var.shape:
             raise ValueError(f"mean and var must have one shape (channels,); got {mean.shape} and {var.shape}")
-        for name, values in (("mean", mean), ("var", var)):
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} must be finite; got {_first(values, ~np.isfinite(values))}")
-        if (var < 0).any():
-            raise ValueError(f"var must not be negative; got {_first(var, var < 0)}")
+        if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
+            _refuse(mean, var)
         if check_index("ddof", self.ddof) not in (0, 1):
             raise ValueError(f"ddof must be 0 or 1; got {self.ddof}")
         batches, weight = np.asarray(self.batches), np.asarray(self.initial_weight, np.float64)
@@ -79,8 +76,8 @@ class RunningStatistics:
         check_elements(self.elements_per_batch)
         object.__setattr__(self, "mean", read_only(mean))
         object.__setattr__(self, "var", read_only(var))
-        object.__setattr__(self, "batches", np.broadcast_to(batches.astype(np.int64), (2, *mean.shape)))
-        object.__setattr__(self, "initial_weight", np.broadcast_to(weight, (2, *mean.shape)))
+        object.__setattr__(self, "batches", _full(batches.astype(np.int64, copy=False), mean))
+        object.__setattr__(self, "initial_weight", _full(weight, mean))
 
     @classmethod
     def initial(cls, channels: int, ddof: int = 1) -> Self:
@@ -162,7 +159,7 @@ class RunningStatistics:
         found, known = batch.per_channel(self.mean.shape, self.ddof)
         batches = self.batches + known
         step = np.where(known, _step(check_momentum(momentum), batches, zero_debias), 0.0)
-        old = np.stack((self.mean, self.var))
+        old = np.array((self.mean, self.var))
         with np.errstate(over="ignore", invalid="ignore"):  # a result that is not finite is refused
             new = np.where(known, (1.0 - step) * old + step * found, old)
         weight = self.initial_weight * (1.0 - step)
@@ -257,9 +254,21 @@ def _step(momentum: float | None, batches: NDArray[np.int64], zero_debias: bool)
 
 def _common_count(batch: Moments) -> int | None:
     """Elements of each variance in the batch, where there is one number."""
-    counts = np.unique(np.broadcast_to(batch.count, batch.mean.shape))
+    counts = np.asarray(batch.count)
     counts = counts[counts > 1]
-    return int(counts[0]) if counts.size == 1 else None
+    return int(counts[0]) if counts.size and (counts == counts[0]).all() else None
+
+
+def _full(values: NDArray[Any], mean: Float64s) -> NDArray[Any]:
+    """As an array (2, C), for the mean and the variance."""
+    return values if values.shape == (2, *mean.shape) else np.broadcast_to(values, (2, *mean.shape))
+
+
+def _refuse(mean: Float64s, var: Float64s) -> None:
+    for name, values in (("mean", mean), ("var", var)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite; got {_first(values, ~np.isfinite(values))}")
+    raise ValueError(f"var must not be negative; got {_first(var, var < 0)}")
 
 
 def _first(values: Float64s, where: NDArray[np.bool_]) -> str:

@@ -159,9 +159,11 @@ class Moments:
             had = self.mean.shape[-1:]
             raise ValueError(f"running statistics must have shape {had}, as the moments have; got {shape}")
         count = np.broadcast_to(self.count, self.mean.shape)
-        known = np.stack((count > 0, count > 1))
-        values = np.where(known, np.stack((self.mean, self.var(ddof))), 0.0)
+        known = np.array((count > 0, count > 1))
+        values = np.where(known, (self.mean, self.var(ddof)), 0.0)
         leading = tuple(range(1, 1 + self.mean.ndim - len(shape)))
+        if not leading:
+            return values, known
         parts = known.sum(axis=leading)
         with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf in the data stay, in silence
             return np.asarray(values.sum(axis=leading) / np.maximum(parts, 1)), np.asarray(parts > 0)

@@ -25,10 +25,11 @@ from nbnorm.conventions import (
     running_of,
     translate,
 )
+from nbnorm.engine import Call
 from nbnorm.errors import StateError
 from nbnorm.layers import GroupNorm, Layer, Pullback, Statistics
 from nbnorm.microbatch import MicroBatchNorm, axes_but
-from nbnorm.operation import vjp
+from nbnorm.operation import prepared, vjp
 from nbnorm.ops import batch_norm, instance_norm, moments
 from nbnorm.running import RunningStatistics, check_momentum
 from nbnorm.statistics import Moments
@@ -172,7 +173,7 @@ class TrackingLayer(Layer):
             As the function does. After an error the layer is as before.
         """
         takes = self._takes(update, token)
-        y, pullback, found = self._normalize(x, mask, takes)
+        y, pullback, found = self._normalize(x, mask, takes, update)
         if found is not None:
             self._take_in(found, update, token)
         self._pullback = pullback
@@ -189,10 +190,12 @@ class TrackingLayer(Layer):
         self.pending = None
 
     def _forward(self, x: Array, mask: Array | None) -> tuple[Array, Pullback]:
-        y, pullback, _ = self._normalize(x, mask, False)
+        y, pullback, _ = self._normalize(x, mask, takes=False, update=True)
         return y, pullback
 
-    def _normalize(self, x: Array, mask: Array | None, takes: bool) -> tuple[Array, Pullback, Moments | None]:
+    def _normalize(
+        self, x: Array, mask: Array | None, takes: bool, update: bool
+    ) -> tuple[Array, Pullback, Moments | None]:
         """The result, its pullback, and the moments of x where they are to be taken in."""
         keys: dict[str, Any] = {"channel_axis": self.channel_axis, "mask": mask}
         params = self.weight, self.bias
@@ -200,9 +203,12 @@ class TrackingLayer(Layer):
             found = self._moments(x, mask) if takes else None
             y, pullback = vjp(self._op, x, self.running.mean, self.running.var, *params, False, 0.0, self.eps, **keys)
             return y, pullback, found
-        # Moments also where nobody takes them: they are summed otherwise, and a forward that is computed again must
-        # have the same bits.
-        (y, batch), pullback = vjp(self._op, x, None, None, *params, True, 0.0, self.eps, return_moments=True, **keys)
+        call = prepared(self._op, (x, None, None, *params, True, 0.0, self.eps), keys | {"return_moments": True})
+        assert isinstance(call, Call)
+        # float64 sums for moments that will merge. It does not depend on whether they are taken: a forward that is
+        # computed again, with a token, has the same bits.
+        call.precise = not update or self._collector is not None
+        (y, batch), pullback = call.vjp()
         return y, pullback, batch if takes else None
 
     @abstractmethod
@@ -479,7 +485,7 @@ class BatchNorm(TrackingLayer):
 
     def _by_running(self, xs: Sequence[Array], takes: bool) -> tuple[list[Array], Pullback, Moments | None]:
         """The parts by the running statistics, each on its own."""
-        ys, pullbacks, found = zip(*(self._normalize(x, None, takes) for x in xs), strict=True)
+        ys, pullbacks, found = zip(*(self._normalize(x, None, takes, update=False) for x in xs), strict=True)
 
         def pullback(dys: Sequence[Array]) -> Grads:
             parts = [back(dy) for back, (_, dy) in zip(pullbacks, _paired(xs, dys), strict=True)]
