@@ -191,8 +191,8 @@ class Layer(ABC):
         said = dict(getattr(state, "metadata", {}) if metadata is None else metadata)
         mine = self._metadata()
         for name in self._checked_metadata:
-            if name in said and said[name] != mine[name]:
-                raise StateError(f"state's {name} must be {mine[name]}, as the layer's; got {said[name]}")
+            if said.get(name, mine.get(name)) != mine.get(name):
+                raise StateError(f"state's {name} must be {mine.get(name)}, as the layer's; got {said[name]}")
         arrays = self._checked_arrays(state)
         self._take_over(arrays, said)
 

@@ -248,6 +248,17 @@ def test_a_state_without_metadata_is_pytorchs() -> None:
         nbnorm.BatchNorm.with_convention("keras", 4, dtype=np.float64).load_state_dict(plain)
 
 
+def test_statistics_where_a_layer_has_none_and_none_where_it_has() -> None:
+    bare, state = nbnorm.BatchNorm(4, track_running_stats=False), nbnorm.BatchNorm(4).state_dict()
+    with pytest.raises(nbnorm.StateError, match="state's convention must be None, as the layer's; got torch"):
+        bare.load_state_dict(state)
+    with pytest.raises(nbnorm.StateError, match="state must have the keys"):
+        bare.load_state_dict(dict(state))
+    with pytest.raises(nbnorm.StateError, match="state must have the keys"):
+        nbnorm.BatchNorm(4).load_state_dict(bare.state_dict())
+    bare.load_state_dict(bare.state_dict())
+
+
 def test_state_goes_round_through_arrays_and_text() -> None:
     """What files keep: arrays, and metadata apart from them."""
     layer = trained("keras", nonfinite="skip_channel")
