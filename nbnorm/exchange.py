@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm.checks import check_flag, check_number
+from nbnorm.checks import check_flag, check_length, check_number
 from nbnorm.conventions import CONVENTIONS, RUNNING, State, initial_weight, numpy_copy, running_of
 from nbnorm.errors import StateError
 from nbnorm.running import UNKNOWN, RunningStatistics, check_momentum
@@ -108,6 +108,7 @@ def read_keras(
     momentum: float = 0.99,
     scale: bool = True,
     center: bool = True,
+    num_batches: int | None = None,
 ) -> State:
     """The state of one ``BatchNormalization`` in a file of ``keras.Model.save_weights``.
 
@@ -118,12 +119,14 @@ def read_keras(
         The layer's name, or its place in the file, such as "layers/functional/layers/batch_normalization_1".
     epsilon, momentum, scale, center
         Of the layer: the file does not have them.
+    num_batches : int
+        How many batches have entered, which Keras does not record. Without it `num_batches_tracked` is 0, and what the
+        initial statistics still weigh is unknown.
 
     Returns
     -------
     State
-        Of the convention "keras". How many batches entered Keras does not record, so `num_batches_tracked` is 0 and the
-        weight of the initial statistics unknown.
+        Of the convention "keras".
 
     Raises
     ------
@@ -134,7 +137,8 @@ def read_keras(
     with _hdf5(path, "r") as file:
         variables = _keras_variables(file, layer, names)
         found = {name: np.array(variables[str(place)]) for place, name in enumerate(names)}
-    found["num_batches_tracked"] = np.array(0, np.int64)
+    batches = 0 if num_batches is None else check_length("num_batches", num_batches)
+    found["num_batches_tracked"] = np.array(batches, np.int64)
     return _checked(State(found, _metadata("keras", epsilon, momentum, found)))
 
 
@@ -175,11 +179,11 @@ def _needs(package: str) -> None:
 def _metadata(
     convention: str, eps: float, momentum: float | None, arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, str]:
-    """What a system's own file leaves unsaid. The weight of the initial statistics follows from PyTorch's count of
-    batches; Keras has none."""
+    """What a system's own file leaves unsaid. The weight of the initial statistics follows from the count of batches,
+    which only PyTorch keeps: with another system 0 is an unknown number."""
     system, batches = CONVENTIONS[convention], int(arrays["num_batches_tracked"].sum())
     new = system.weight_of_new(check_momentum(momentum))
-    weight = initial_weight(new, batches) if convention == "torch" else UNKNOWN
+    weight = initial_weight(new, batches) if batches or convention == "torch" else UNKNOWN
     blank = np.zeros(1)
     history = RunningStatistics(blank, blank, system.ddof, batches, weight).history()
     said = {"layer": "BatchNorm", "eps": repr(check_number("eps", eps)), "convention": convention}

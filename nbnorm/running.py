@@ -166,7 +166,8 @@ class RunningStatistics:
         count = self.elements_per_batch
         if known[1].any():
             common = _common_count(batch)
-            count = common if not self.batches[1].any() or common == count else None
+            fresh = (self.initial_weight[1] == 1).all()
+            count = common if fresh or common == count else None
         mean, var = new
         return type(self)(mean, var, self.ddof, batches, weight, count)
 

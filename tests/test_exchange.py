@@ -195,6 +195,25 @@ def test_to_keras(keras: Any, tmp_path: Path, convention: str) -> None:
             np.testing.assert_array_equal(was, now)
 
 
+def test_training_goes_on_from_keras(keras: Any, tmp_path: Path) -> None:
+    """A step of both after the import: the same statistics; and what the file does not say stays unknown."""
+    model, path = keras_model(keras), tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    layer = nbnorm.BatchNorm.from_state(exchange.read_keras(path, "norm", momentum=0.8)).train()
+    theirs = model.get_layer("norm")
+    theirs(X, training=True)
+    layer(X)
+    np.testing.assert_allclose(layer.running_mean, np.asarray(theirs.moving_mean), rtol=1e-6)
+    np.testing.assert_allclose(layer.running_var, np.asarray(theirs.moving_variance), rtol=1e-6)
+    with pytest.raises(nbnorm.StateError, match="elements_per_batch is missing"):
+        conventions.convert(layer.state_dict(), "torch")
+    known = exchange.read_keras(path, "norm", momentum=0.8, num_batches=5)
+    unbiased = conventions.convert(known, "torch", elements_per_batch=16)["running_var"]
+    variances = np.array([(X * (step + 1)).astype("f8").var(axis=0, ddof=1) for step in range(5)])
+    expected = 0.8**5 + (0.2 * 0.8 ** np.arange(5)[::-1]) @ variances
+    np.testing.assert_allclose(unbiased, expected, rtol=1e-5)
+
+
 def test_from_torch_to_keras_and_on(keras: Any, tmp_path: Path) -> None:
     """One state through both systems: evaluation stays the same, and training goes on as converted."""
     torch = pytest.importorskip("torch", reason="torch is not installed (it comes with the test-all extra)")
