@@ -1,7 +1,10 @@
 """Normalization for arrays of any framework: one API, pluggable backends, statistics that merge without loss."""
 
+from nbnorm import conventions, exchange
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads
+from nbnorm.bank import StatsBank
+from nbnorm.conventions import Convention, State
 from nbnorm.derived import (
     add_layer_norm,
     add_rms_norm,
@@ -13,12 +16,17 @@ from nbnorm.derived import (
 from nbnorm.dispatch import BackendInfo, Decision, backends, trace, use_backend
 from nbnorm.engine import Pullback, SecondPullback
 from nbnorm.errors import BackendError, StateError
-from nbnorm.layers import BatchNorm, GroupNorm, LayerNorm
+from nbnorm.fold import fold_batch_norm
+from nbnorm.layers import GroupNorm, LayerNorm, RMSNorm
+from nbnorm.microbatch import MicroBatchNorm
 from nbnorm.operation import explain, vjp
 from nbnorm.ops import batch_norm, group_norm, instance_norm, layer_norm, moments, rms_norm
 from nbnorm.parallel import threads
 from nbnorm.plan import Plan, plan
+from nbnorm.recalibrate import recalibrate
+from nbnorm.running import RunningStatistics
 from nbnorm.statistics import Moments
+from nbnorm.tracking import BatchNorm, InstanceNorm, Token
 from nbnorm.welford import Welford
 from nbnorm.whole import local_response_norm, normalize
 
@@ -30,22 +38,33 @@ __all__ = [
     "BackendError",
     "BackendInfo",
     "BatchNorm",
+    "Convention",
     "Decision",
     "Grads",
     "GroupNorm",
+    "InstanceNorm",
     "LayerNorm",
+    "MicroBatchNorm",
     "Moments",
     "Plan",
     "Pullback",
+    "RMSNorm",
+    "RunningStatistics",
     "SecondPullback",
+    "State",
     "StateError",
+    "StatsBank",
+    "Token",
     "Welford",
     "add_layer_norm",
     "add_rms_norm",
     "backends",
     "batch_norm",
     "batch_renorm",
+    "conventions",
+    "exchange",
     "explain",
+    "fold_batch_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
@@ -55,6 +74,7 @@ __all__ = [
     "norm_dropout",
     "normalize",
     "plan",
+    "recalibrate",
     "rms_norm",
     "threads",
     "trace",

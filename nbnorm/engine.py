@@ -446,6 +446,37 @@ class Ran:
         return Grads._make(None if operand is None else np.zeros_like(operand.view) for operand in operands)
 
 
+class GivenNorm:
+    """A checked batch norm with given statistics, for a gradient that flows through them all the same.
+
+    The statistics are those of more than x, and so are the sums that dx needs. Each is (C,), in float64.
+    """
+
+    def __init__(self, call: Call) -> None:
+        placed = place(call)
+        self._call, self._plan = call, placed.plan
+        self._backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
+        assert call.fixed is not None
+        mean, rstd = fixed_stats(call.fixed[0].view, call.fixed[1].view, call.eps, placed.plan)
+        self._inputs = placed.five_axes(), mean, rstd, _weight(call, placed.plan)
+
+    def sums(self, dy: NDArray[Any]) -> tuple[NDArray[np.float64], ...]:
+        """sum(weight * dy), sum(weight * dy * xhat), sum(dy * xhat) and sum(dy) of each channel."""
+        shape = self._call.axes.kept_shape
+        found = self._backend.backward_sums(self._five_axes(dy), *self._inputs, self._plan.param_shape)
+        return tuple(np.asarray(stat, np.float64).reshape(shape) for stat in found)
+
+    def gradient(self, dy: NDArray[Any], k1: NDArray[np.float64], k2: NDArray[np.float64]) -> NDArray[Any]:
+        """dx = rstd * (weight * dy - k1 - xhat * k2)"""
+        stats = tuple(np.ascontiguousarray(k.reshape(self._inputs[1].shape)) for k in (k1, k2))
+        return from_five_axes(
+            self._backend.backward_apply(self._five_axes(dy), *self._inputs, *stats), self._call, self._plan
+        )
+
+    def _five_axes(self, dy: NDArray[Any]) -> NDArray[Any]:
+        return view_input(dy, self._call.axes, self._plan)
+
+
 class Pullback:
     """Maps the gradient of a result to the gradients of its inputs; made by `nbnorm.vjp`.
 

@@ -143,24 +143,38 @@ class Moments:
             raise ValueError(f"running_mean and running_var must have one shape; got {shapes}")
         momentum = check_number("momentum", momentum)
         if np.ndim(self.count) == 0 and self.count > 1 and self.mean.shape == running_mean.shape:
-            var = self.m2 / (self.count - 1)  # all is known: what follows would come to the same, in 40 us more
+            var = self.m2 / (self.count - 1)  # all is known: what follows would come to the same, in 25 us more
             return _weighed(running_mean, self.mean, momentum), _weighed(running_var, var, momentum)
-        count = np.broadcast_to(self.count, self.mean.shape)
-        unbiased = np.where(count > 1, self.var(ddof=1), 0.0)
-        return (
-            _blend(running_mean, self.mean, count > 0, momentum),
-            _blend(running_var, unbiased, count > 1, momentum),
+        batch, known = self.per_channel(running_mean.shape, ddof=1)
+        mean, var = (
+            _blend(old, new, there, momentum)
+            for old, new, there in zip((running_mean, running_var), batch, known, strict=True)
         )
+        return mean, var
+
+    def per_channel(self, shape: tuple[int, ...], ddof: int) -> tuple[Float64s, NDArray[np.bool_]]:
+        """What a batch gives to running statistics of `shape`: (mean and variance, which of them are known).
+
+        Both are of shape ``(2, *shape)``. Leading axes that `shape` lacks are averaged over, where known: a mean takes
+        one element, a variance two.
+        """
+        if self.mean.shape[self.mean.ndim - len(shape) :] != shape:
+            had = self.mean.shape[-1:]
+            raise ValueError(f"running statistics must have shape {had}, as the moments have; got {shape}")
+        count = np.broadcast_to(self.count, self.mean.shape)
+        known = np.array((count > 0, count > 1))
+        values = np.where(known, (self.mean, self.var(ddof)), 0.0)
+        leading = tuple(range(1, 1 + self.mean.ndim - len(shape)))
+        if not leading:
+            return values, known
+        parts = known.sum(axis=leading)
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf in the data stay, in silence
+            return np.asarray(values.sum(axis=leading) / np.maximum(parts, 1)), np.asarray(parts > 0)
 
 
 def _blend(old: NDArray[Any], new: Float64s, known: NDArray[np.bool_], momentum: float) -> NDArray[Any]:
-    """(1 - momentum) * old + momentum * (mean of `new` over its extra leading axes, where known)."""
-    if new.shape[new.ndim - old.ndim :] != old.shape:
-        raise ValueError(f"running statistics must have shape {new.shape[-1:]}, as the moments have; got {old.shape}")
-    leading = tuple(range(new.ndim - old.ndim))
-    weight = known.sum(axis=leading)
-    batch = np.where(known, new, 0.0).sum(axis=leading) / np.maximum(weight, 1)
-    return np.where(weight > 0, _weighed(old, batch, momentum), old)
+    """(1 - momentum) * old + momentum * new where that is known, in the dtype of `old`."""
+    return np.where(known, _weighed(old, new, momentum), old)
 
 
 def _weighed(old: NDArray[Any], new: Float64s, momentum: float) -> NDArray[Any]:

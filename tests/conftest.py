@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from types import ModuleType
 
 import pytest
 
@@ -40,3 +41,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     properties = (entry for report in terminalreporter.getreports("passed") for entry in report.user_properties)
     for suite, passed in sorted(Counter(value for name, value in properties if name == "conformance").items()):
         terminalreporter.write_line(f"{suite}: {passed} passed")
+
+
+@pytest.fixture(scope="session")
+def keras() -> ModuleType:
+    """The real Keras 3, on its NumPy backend: which one it is, is decided when it is imported."""
+    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    return pytest.importorskip("keras", reason="keras is not installed (it comes with the test-all extra)")

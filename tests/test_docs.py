@@ -54,7 +54,9 @@ def test_every_public_function_and_layer_has_an_example() -> None:
     shown = {name for name, value in public.items() if f"nbnorm.{name}(" in (inspect.getdoc(value) or "")}
     callables = {name for name, value in public.items() if inspect.isfunction(value)}
     assert len(callables) > 10
-    assert callables | {"BatchNorm", "GroupNorm", "LayerNorm", "Welford"} <= shown
+    assert (
+        callables | {"BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "StatsBank", "Welford"} <= shown
+    )
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

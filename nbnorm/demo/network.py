@@ -137,7 +137,9 @@ class BatchNorm(Layer):
 
     def forward(self, x: Array) -> Array:
         start = time.perf_counter()
-        y = self._normalize(x)
+        self.norm.train(self.statistics != "running")
+        self.norm.tracking = self.statistics == "training"
+        y: Array = self.norm(x)
         self.seconds += time.perf_counter() - start
         return y
 
@@ -147,15 +149,6 @@ class BatchNorm(Layer):
         self.seconds += time.perf_counter() - start
         self.gradients = self.norm.grads["weight"], self.norm.grads["bias"]
         return dx
-
-    def _normalize(self, x: Array) -> Array:
-        norm = self.norm
-        y: Array
-        if self.statistics == "batch":
-            y = nbnorm.batch_norm(x, weight=norm.weight, bias=norm.bias, training=True, eps=norm.eps)
-        else:
-            y = norm.train(self.statistics == "training")(x)
-        return y
 
 
 class Network:
