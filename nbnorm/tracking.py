@@ -173,7 +173,7 @@ class TrackingLayer(Layer):
             As the function does. After an error the layer is as before.
         """
         takes = self._takes(update, token)
-        y, pullback, found = self._normalize(x, mask, takes, update)
+        y, pullback, found = self._normalize(x, mask, takes)
         if found is not None:
             self._take_in(found, update, token)
         self._pullback = pullback
@@ -190,12 +190,10 @@ class TrackingLayer(Layer):
         self.pending = None
 
     def _forward(self, x: Array, mask: Array | None) -> tuple[Array, Pullback]:
-        y, pullback, _ = self._normalize(x, mask, takes=False, update=True)
+        y, pullback, _ = self._normalize(x, mask, takes=False)
         return y, pullback
 
-    def _normalize(
-        self, x: Array, mask: Array | None, takes: bool, update: bool
-    ) -> tuple[Array, Pullback, Moments | None]:
+    def _normalize(self, x: Array, mask: Array | None, takes: bool) -> tuple[Array, Pullback, Moments | None]:
         """The result, its pullback, and the moments of x where they are to be taken in."""
         keys: dict[str, Any] = {"channel_axis": self.channel_axis, "mask": mask}
         params = self.weight, self.bias
