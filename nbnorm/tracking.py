@@ -480,7 +480,7 @@ class BatchNorm(TrackingLayer):
 
     def _by_running(self, xs: Sequence[Array], takes: bool) -> tuple[list[Array], Pullback, Moments | None]:
         """The parts by the running statistics, each on its own."""
-        ys, pullbacks, found = zip(*(self._normalize(x, None, takes, update=False) for x in xs), strict=True)
+        ys, pullbacks, found = zip(*(self._normalize(x, None, takes) for x in xs), strict=True)
 
         def pullback(dys: Sequence[Array]) -> Grads:
             parts = [back(dy) for back, (_, dy) in zip(pullbacks, _paired(xs, dys), strict=True)]
