@@ -63,7 +63,7 @@ def drawn_options(backend: str, wide: bool) -> st.SearchStrategy[Options]:
 def explore(body: Callable[[Any], None], drawn: st.SearchStrategy[Any], backend: str, wide: bool) -> None:
     """Run `body` on what is drawn; in the plain run that is the same every time."""
     profile = settings(
-        max_examples={"numba": 40 if wide else 25, "numpy": 500 if wide else 100}[backend],
+        max_examples={"numba": 40 if wide else 12, "numpy": 500 if wide else 100}[backend],
         derandomize=not wide,
         deadline=None,
         database=None,

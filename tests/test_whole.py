@@ -364,7 +364,7 @@ def layouts(x: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_memory_layouts(dtype: str, backend: str) -> None:
     x, dy = data((3, 6, 4, 2), dtype)
     axes = (0, 1, 3) if dtype == "float64" else (1,)
