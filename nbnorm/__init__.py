@@ -30,7 +30,7 @@ from nbnorm.tracking import BatchNorm, InstanceNorm, Token
 from nbnorm.welford import Welford
 from nbnorm.whole import local_response_norm, normalize
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Array",

@@ -204,6 +204,8 @@ def apply(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else half a file would be left
     console = _console()
     with _failures_in_one_line():
+        if not out.parent.is_dir():
+            raise ValueError(f"--out must be in a folder that is there; got {out}")
         for given in (file, stats):
             _check_other(out, given)
         moments, metadata = state.read_moments(stats)
@@ -254,6 +256,8 @@ def _channels(source: stream.ArrayFile, found: stream.ChannelStatistics, every: 
 
 
 def _check_finite(found: stream.ChannelStatistics) -> None:
+    if not np.any(found.moments.count):
+        raise ValueError("nothing saved: the file has no elements")
     bad = np.flatnonzero(found.nonfinite)
     if bad.size:
         names = ", ".join(map(str, bad[:SHOWN])) + (" and more" if bad.size > SHOWN else "")

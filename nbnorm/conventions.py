@@ -324,11 +324,17 @@ def convention_of(state: State) -> tuple[Convention, float | None]:
     for name in ("convention", "momentum"):
         if name not in getattr(state, "metadata", {}):
             raise StateError(f"state must say its {name} in its metadata; got none")
-    name, momentum = state.metadata["convention"], state.metadata["momentum"]
+    name = state.metadata["convention"]
     if name not in CONVENTIONS:
         raise StateError(f"state's convention must be one of {', '.join(CONVENTIONS)}; got {name!r}")
+    return CONVENTIONS[name], momentum_of(state.metadata)
+
+
+def momentum_of(metadata: Mapping[str, str]) -> float | None:
+    """The momentum that a state names; StateError where it is none."""
+    momentum = metadata["momentum"]
     try:
-        return CONVENTIONS[name], check_momentum(None if momentum == "None" else float(momentum))
+        return check_momentum(None if momentum == "None" else float(momentum))
     except ValueError as error:
         raise StateError(f"state's momentum must be a number from 0 to 1, or None; got {momentum!r}") from error
 

@@ -23,6 +23,7 @@ from nbnorm.conventions import CONVENTIONS, RUNNING, State, initial_weight, nump
 from nbnorm.errors import StateError
 from nbnorm.files import replacing
 from nbnorm.running import UNKNOWN, RunningStatistics, check_momentum
+from nbnorm.state import CHECKSUM_NAME, VERSION_NAME, digest
 
 PARAMETERS = ("weight", "bias")
 
@@ -53,7 +54,8 @@ def read_torch(
     Raises
     ------
     StateError
-        If the file is damaged, the module is not there, or its numbers make no sense.
+        If the file is damaged, the module is not there, or its numbers make no sense. Files that `write_torch` wrote
+        have a checksum; in others a flipped bit of a number is another number.
 
     Examples
     --------
@@ -96,6 +98,7 @@ def write_torch(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
         for name, array in state.items():
             arrays[start + name] = _narrowed(array, width, start + name) if name in RUNNING[:2] else np.array(array)
         metadata[start] = json.dumps(_checked(state).metadata)
+    metadata[CHECKSUM_NAME] = digest(arrays, metadata)
     with replacing(path) as file:
         file.write(save(arrays, metadata))  # its own save_file makes files that only their owner may read
 
@@ -236,10 +239,17 @@ def _read_safetensors(path: str | os.PathLike[str], start: str) -> tuple[dict[st
 
     try:
         with safe_open(path, framework="numpy") as file:
-            names = _torch_names(file.keys(), start)
-            return {name: file.get_tensor(start + name) for name in names}, dict(file.metadata() or {})
+            metadata, names = dict(file.metadata() or {}), _torch_names(file.keys(), start)
+            stated = metadata.pop(CHECKSUM_NAME, None)
+            read = names if stated is None else [key.removeprefix(start) for key in file.keys()]  # noqa: SIM118  no dict
+            found = {start + name: file.get_tensor(start + name) for name in read}
     except SafetensorError as error:
         raise StateError(f"{os.fspath(path)} is no safetensors file: {error}") from error
+    if VERSION_NAME in metadata:
+        raise StateError(f"{os.fspath(path)} is a state file, which nbnorm.state.read_state reads")
+    if stated is not None and stated != digest(found, metadata):
+        raise StateError(f"{os.fspath(path)}: contents do not agree with their checksum: the file is damaged")
+    return {name: found[start + name] for name in names}, metadata
 
 
 @contextlib.contextmanager

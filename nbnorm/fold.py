@@ -48,8 +48,8 @@ def fold_batch_norm(
     Raises
     ------
     ValueError
-        With an activation between, for a layer that normalizes with batch statistics, and where numbers of channels
-        differ.
+        With an activation between, for a layer that normalizes with batch statistics, where numbers of channels differ,
+        and where a result does not fit into the dtype.
 
     Notes
     -----
@@ -85,7 +85,7 @@ def fold_batch_norm(
     along[axis] = channels
     folded = view.astype(np.float64) * scale.reshape(along)
     moved = (shift - layer.running.mean) * scale + _parameter(layer.bias, 0.0)
-    return _as(folded, view, kind, weight), _as(moved, view, kind, weight)
+    return _as("weight", folded, view, kind, weight), _as("bias", moved, view, kind, weight)
 
 
 def _bias(bias: Array, channels: int) -> NDArray[np.float64]:
@@ -99,5 +99,11 @@ def _parameter(param: NDArray[Any] | None, absent: float) -> Any:
     return absent if param is None else param.astype(np.float64)
 
 
-def _as(values: Any, view: NDArray[Any], kind: NumpyArrays, like: Array) -> Array:
-    return kind.wrap(np.asarray(values, view.dtype.newbyteorder("=")), like)
+def _as(name: str, values: Any, view: NDArray[Any], kind: NumpyArrays, like: Array) -> Array:
+    with np.errstate(over="ignore"):
+        found = np.asarray(values, view.dtype.newbyteorder("="))
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"{name} must be finite when folded, and fit into {found.dtype}; got {float(abs(values).max())}"
+        )
+    return kind.wrap(found, like)

@@ -144,7 +144,7 @@ class Layer(ABC):
         Parameters
         ----------
         affine : bool
-            False lets weight and bias go on training: everything is frozen but the affine parameters.
+            False lets weight and bias go on training, if they do: everything is frozen but the affine parameters.
 
         Returns
         -------
@@ -180,14 +180,17 @@ class Layer(ABC):
         ----------
         state : mapping from str to array
         metadata : mapping from str to str
-            What the arrays mean; without it, what `State.metadata` says. Without any the state is PyTorch's.
+            What the arrays mean; without it, what `State.metadata` says. Without any the state is PyTorch's. The layer
+            keeps its own momentum.
 
         Raises
         ------
         StateError
-            If keys are missing or unknown, or a shape or dtype differs, or a number makes no sense, or the state
-            belongs to another kind of layer; nothing has been changed then.
+            If keys are missing or unknown, a shape differs, a dtype is not one that the layer's holds all numbers of, a
+            number makes no sense, or the state belongs to another kind of layer; nothing has been changed then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping from names to arrays; got {type(state).__name__}")
         said = dict(getattr(state, "metadata", {}) if metadata is None else metadata)
         mine = self._metadata()
         for name in self._checked_metadata:

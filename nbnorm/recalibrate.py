@@ -50,7 +50,8 @@ def recalibrate(
 
     Notes
     -----
-    `num_batches_tracked` becomes the number of batches, for a cumulative average that goes on. One pass over the data.
+    `num_batches_tracked` becomes the number of batches, for a cumulative average that goes on; what was pending is
+    discarded. One pass over the data. `forward` leaves modes alone: what it sets is undone.
     Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.2, have this as "PreciseBN".
 
     Examples
@@ -72,7 +73,7 @@ def recalibrate(
             forward(batch)
     found = [_statistics(layer, whole, f"layers[{place}]") for place, (layer, whole) in enumerate(zip(chosen, seen))]
     for layer, running in zip(chosen, found, strict=True):
-        layer.running = running
+        layer.running, layer.pending = running, None
 
 
 @dataclass
@@ -90,21 +91,21 @@ class _Collected:
 @contextlib.contextmanager
 def _collecting(layer: BatchNorm) -> Iterator[_Collected]:
     """The layer normalizes with batch statistics, and hands them over in place of updating its own."""
-    before = layer._mode, layer._pullback
+    before = layer._mode, layer._thawed, layer._training, layer._pullback
     layer._collector = found = _Collected()
     layer._mode = Mode("batch", tracking=True, trainable=layer.trainable)
     try:
         yield found
     finally:
         layer._collector = None
-        layer._mode, layer._pullback = before
+        layer._mode, layer._thawed, layer._training, layer._pullback = before
 
 
 def _statistics(layer: BatchNorm, seen: _Collected, name: str) -> RunningStatistics:
     assert layer.running is not None
     try:
         if seen.moments is None:
-            raise ValueError("forward did not call it with a batch that counts")
+            raise ValueError("forward did not call it, while it tracked, with a batch that counts")
         return RunningStatistics.of(seen.moments, layer.running.ddof, seen.calls)
     except ValueError as error:
         raise ValueError(f"{name} has no statistics: {error}") from error

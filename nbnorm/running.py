@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -76,8 +76,17 @@ class RunningStatistics:
         check_elements(self.elements_per_batch)
         object.__setattr__(self, "mean", read_only(mean))
         object.__setattr__(self, "var", read_only(var))
-        object.__setattr__(self, "batches", _full(batches.astype(np.int64, copy=False), mean))
-        object.__setattr__(self, "initial_weight", _full(weight, mean))
+        object.__setattr__(self, "batches", read_only(_full(batches.astype(np.int64, copy=False), mean)))
+        object.__setattr__(self, "initial_weight", read_only(_full(weight, mean)))
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # copied arrays could be written to
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     @classmethod
     def initial(cls, channels: int, ddof: int = 1) -> Self:
@@ -154,8 +163,10 @@ class RunningStatistics:
         Raises
         ------
         ValueError
-            If a result would not be finite.
+            If a sum of squares is negative, or a result would not be finite.
         """
+        if (batch.m2 < 0).any():
+            raise ValueError(f"batch must have m2 of at least 0; got {float(batch.m2.min())}")
         found, known = batch.per_channel(self.mean.shape, self.ddof)
         batches = self.batches + known
         step = np.where(known, _step(check_momentum(momentum), batches, zero_debias), 0.0)
@@ -224,7 +235,12 @@ class RunningStatistics:
         ValueError
         """
         read = {name: _parsed(name, history[name]) for name in HISTORY if name in history}
-        return cls(mean, var, **({"batches": batches} | read))
+        made = cls(mean, var, **({"batches": batches} | read))
+        if (np.asarray(batches) != made.num_batches_tracked).any():
+            raise ValueError(
+                f"num_batches_tracked must be {made.num_batches_tracked}, as its history says; got {batches}"
+            )
+        return made
 
 
 HISTORY = ("ddof", "batches", "initial_weight", "elements_per_batch")

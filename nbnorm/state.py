@@ -49,7 +49,7 @@ def write_state(
     arrays : mapping from str to array
         Of any kind that nbnorm takes; float64, float32, float16, bfloat16, integers or bool, of any shape.
     metadata : mapping from str to str
-        Names must not begin with "nbnorm.".
+        Joins what a `State` of a layer says of itself. Names must not begin with "nbnorm.".
 
     Raises
     ------
@@ -71,10 +71,11 @@ def write_state(
     """
     container = container_of(path)
     plain = {name: _plain(name, array) for name, array in arrays.items()}
-    sealed = dict(metadata or {}) | {VERSION_NAME: VERSION}
+    own = getattr(arrays, "metadata", {})  # of a `State`, whose numbers mean nothing certain without it
+    sealed = dict(own) | dict(metadata or {}) | {VERSION_NAME: VERSION}
     _check_texts(plain, sealed)
     _check(path, plain)
-    content = container.encode(plain, sealed | {CHECKSUM_NAME: _digest(plain, sealed)})
+    content = container.encode(plain, sealed | {CHECKSUM_NAME: digest(plain, sealed)})
     with replacing(path) as file:
         file.write(content)
 
@@ -192,21 +193,21 @@ def _check_seal(arrays: Mapping[str, NDArray[Any]], metadata: Metadata) -> None:
     stated = metadata.pop(CHECKSUM_NAME, None)
     if stated is None:
         raise StateError("has no checksum: it was not written as a state file")
-    if stated != _digest(arrays, metadata):
+    if stated != digest(arrays, metadata):
         raise StateError("contents do not agree with their checksum: the file is damaged")
     version = metadata.pop(VERSION_NAME, None)
     if version != VERSION:
         raise StateError(f"version of a state file must be {VERSION}; got {version}")
 
 
-def _digest(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
+def digest(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
     """SHA-256 of a JSON text with all but the elements, and of the elements in little-endian C order."""
     ordered = sorted(arrays.items())
     head = [sorted(metadata.items()), [(name, array.dtype.name, array.shape) for name, array in ordered]]
-    digest = hashlib.sha256(json.dumps(head).encode())
+    found = hashlib.sha256(json.dumps(head).encode())
     for _, array in ordered:
-        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    return digest.hexdigest()
+        found.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return found.hexdigest()
 
 
 def _check(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -21,6 +21,7 @@ from nbnorm.conventions import (
     arrays_of,
     convention_named,
     convention_of,
+    momentum_of,
     numpy_copy,
     running_of,
     translate,
@@ -41,8 +42,9 @@ class Token:
     """One forward of a network: however often it is computed, its batch enters each layer's statistics once.
 
     Activation checkpointing runs a forward again in the backward. Give both runs one token, and each layer takes the
-    first. A layer that a forward calls twice needs two tokens. A token remembers the layers, not the other way round:
-    nothing piles up in a layer.
+    first, whether its moments enter at once or wait. A layer that a forward calls twice needs two tokens. A token
+    remembers the layers, not the other way round: nothing piles up in a layer. It belongs to one process and cannot be
+    copied.
 
     Examples
     --------
@@ -254,8 +256,10 @@ class TrackingLayer(Layer):
 
     def load_state_dict(self, state: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         said = dict(getattr(state, "metadata", {}) if metadata is None else metadata)
-        if self.running is not None and "convention" not in said:
-            said["convention"] = "torch"  # whose key names these are
+        if self.running is not None:
+            said.setdefault("convention", "torch")  # whose key names these are
+            if "momentum" in said:
+                momentum_of(said)
         super().load_state_dict(state, said)
 
     load_state_dict.__doc__ = Layer.load_state_dict.__doc__
@@ -455,7 +459,7 @@ class BatchNorm(TrackingLayer):
         >>> np.allclose(np.concatenate(dx), other.backward(whole))
         True
         """
-        takes = self._takes(update, token)
+        takes, xs = self._takes(update, token), list(xs)
         if not xs:
             raise ValueError("xs must have at least one part; got none")
         ys, pullback, found = self._by_running(xs, takes) if self.statistics == "running" else self._by_batch(xs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,26 @@ def test_keras_files_that_are_wrong(keras: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         exchange.write_keras(tmp_path / "none.weights.h5", {})
     assert os.listdir(tmp_path) == ["model.weights.h5"]  # nothing partial is left
+
+
+def test_a_flipped_bit_of_a_written_file_is_noticed(tmp_path: Path) -> None:
+    path, damaged = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    layer = nbnorm.BatchNorm(2)
+    layer(np.array([[1.0, 2.0], [3.0, 5.0]], np.float32))
+    state = layer.state_dict()
+    exchange.write_torch(path, {"bn": state})
+    content, same = path.read_bytes(), 0
+    for place in range(len(content)):
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with contextlib.suppress(nbnorm.StateError):
+            found = exchange.read_torch(damaged, "bn")
+            assert all(np.array_equal(found[name], np.asarray(state[name], found[name].dtype)) for name in found)
+            same += 1
+    assert same < len(content) // 10
+
+
+def test_a_state_file_is_not_taken_for_pytorchs(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    nbnorm.state.write_state(path, nbnorm.BatchNorm.with_convention("keras", 2).state_dict())
+    with pytest.raises(nbnorm.StateError, match="read_state reads"):
+        exchange.read_torch(path)

@@ -98,3 +98,10 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     arguments = {"weight": np.ones((4, 5)), "bias": None, "layer": layer_of(4)} | change
     with pytest.raises(error, match=message):
         nbnorm.fold_batch_norm(**arguments)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layer = nbnorm.BatchNorm(3).eval()
+    layer.running = nbnorm.RunningStatistics(np.zeros(3), np.full(3, 1e-8))
+    with pytest.raises(ValueError, match="weight must be finite when folded, and fit into float16"):
+        nbnorm.fold_batch_norm(np.full((3, 2), 6e4, "f2"), None, layer)

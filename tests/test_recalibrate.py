@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -138,3 +139,33 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     nbnorm.recalibrate(layer, [layer], UNEVEN, progress=False)
     assert math.isclose(layer.running_var[0], 162.33, abs_tol=5e-3)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "freeze", "unfreeze"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_that_forward_sets_are_undone(name: str, fails: bool) -> None:
+    def forward(x: Any) -> None:
+        layer(x)
+        getattr(layer, name)()
+        if fails:
+            raise KeyError(name)
+
+    def modes() -> tuple[Any, ...]:
+        return layer.training, layer.frozen, layer.statistics, layer.tracking, layer.trainable
+
+    for set_up in ("train", "eval", "freeze"):
+        layer = getattr(nbnorm.BatchNorm(2), set_up)()
+        before, running = modes(), layer.running
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+            nbnorm.recalibrate(forward, [layer], [RNG.normal(size=(8, 2)).astype("f4")])
+        assert modes() == before
+        assert (layer.running is running) == fails
+        layer.unfreeze()
+        assert layer.statistics == ("running" if set_up == "eval" else "batch")
+
+
+def test_what_was_pending_does_not_enter_the_new_statistics() -> None:
+    layer, x = nbnorm.BatchNorm(2), RNG.normal(size=(8, 2)).astype("f4")
+    layer(x, update=False)
+    nbnorm.recalibrate(layer, [layer], [x])
+    assert layer.pending is None

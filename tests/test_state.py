@@ -536,3 +536,15 @@ def test_large_headers_are_within_their_cap() -> None:
     arrays = {f"layers.{place}.running_mean": np.zeros(1) for place in range(100_000)}
     content = containers.CONTAINERS[".safetensors"].encode(arrays, {})
     assert len(containers.CONTAINERS[".safetensors"].decode(content)[0]) == 100_000
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_a_state_keeps_its_metadata(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"layer.{ending}"
+    layer = nbnorm.BatchNorm.with_convention("keras", 2)
+    write_state(path, layer.state_dict(), {"note": "ours"})
+    arrays, metadata = read_state(path)
+    assert metadata == {**layer.state_dict().metadata, "note": "ours"}
+    with pytest.raises(StateError, match="convention must be torch"):
+        nbnorm.BatchNorm(2, eps=1e-3).load_state_dict(arrays, metadata)
+    layer.load_state_dict(arrays, metadata)

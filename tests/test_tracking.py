@@ -388,3 +388,48 @@ def test_order_of_micro_batches_is_rounding() -> None:
         layer.commit()
         found.append(layer.running_var)
     np.testing.assert_allclose(found, np.broadcast_to(found[0], (24, 3)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_of_running_statistics_cannot_be_written_either(copied: Any) -> None:
+    layer = nbnorm.BatchNorm(2)
+    layer(np.array([[1.0, 2.0], [3.0, 5.0]], np.float32))
+    other = copied(layer)
+    assert (other.running_mean == layer.running_mean).all()
+    assert other.running.history() == layer.running.history()
+    for array in (other.running_mean, other.running_var, other.running.batches):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_a_negative_sum_of_squares_does_not_enter() -> None:
+    layer = nbnorm.BatchNorm(2)
+    layer.pending = nbnorm.Moments(5, np.zeros(2), -np.ones(2))
+    with pytest.raises(ValueError, match=r"m2 of at least 0; got -1\.0"):
+        layer.commit()
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("count", [-1, 7])
+def test_a_count_that_contradicts_the_history_is_refused(count: int) -> None:
+    layer = nbnorm.BatchNorm(2)
+    layer(np.array([[1.0, 2.0], [3.0, 5.0]], np.float32))
+    state = layer.state_dict()
+    state["num_batches_tracked"] = np.array(count)
+    with pytest.raises(nbnorm.StateError, match="num_batches_tracked must be 1"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("momentum", ["zz", "2"])
+def test_a_momentum_that_is_none_is_refused(momentum: str) -> None:
+    layer = nbnorm.BatchNorm(2)
+    state = layer.state_dict()
+    state.metadata["momentum"] = momentum
+    with pytest.raises(nbnorm.StateError, match="momentum must be a number"):
+        layer.load_state_dict(state)
+
+
+def test_parts_may_come_from_a_generator() -> None:
+    layer, x = nbnorm.BatchNorm(2), np.arange(8, dtype=np.float32).reshape(4, 2)
+    ys = layer.micro_batches(part for part in (x[:2], x[2:]))
+    np.testing.assert_allclose(np.concatenate(ys), nbnorm.BatchNorm(2)(x), atol=1e-6)
