@@ -148,6 +148,7 @@ def check_conversion() -> None:
     print("converted")
 
 
+@pytest.mark.slow
 def test_norms_on_a_bare_processor() -> None:
     """float16, forward and backward, in both families of kernels, and an activation."""
     code = "import test_halves; test_halves.check_norms('batch NHWC', 'layer')"

@@ -48,7 +48,6 @@ class Options(NamedTuple):
 FEW = (
     Options("float32", None, "norm_act", True, False, True),
     Options("float32", "silu", "norm_act", True, True, False),
-    Options("float32", "tanh", "act_norm", True, True, False),
 )
 
 
