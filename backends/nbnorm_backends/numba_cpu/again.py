@@ -6,7 +6,6 @@ a few rows. So what is called here is the compiled function itself, which checks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,11 @@ import numpy as np
 from numba import njit, typeof
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import kernels, outputs
+from nbnorm_backends.numba_cpu import cuts, kernels, outputs
 from nbnorm_backends.numba_cpu.elements import CARRIERS, INNER
 from nbnorm_backends.numba_cpu.options import Options
 from nbnorm_backends.numba_cpu.pool import Pool, worker
-from nbnorm_backends.numba_cpu.runs import groups_per_chunk, leap_of, parameters, runs_view
+from nbnorm_backends.numba_cpu.runs import leap_of, parameters, runs_view
 from nbnorm_backends.numba_cpu.tables import moments_of
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -50,8 +49,9 @@ def repeated(
     given, view = x.shape, runs_view(x)
     five, four, dtype, empty = view.shape, w.shape, x.dtype, _empty(x)
     seen = _seen(x, five)
-    total, groups, leap = five[0] * five[2], groups_per_chunk(x), leap_of(pool, x, 2)
-    chunks, parallel = math.ceil(total / groups), x.size > TUNING.serial
+    total, leap = five[0] * five[2], leap_of(pool, x, 2)
+    groups = cuts.groups_per_chunk(x.size, total)
+    chunks, parallel = cuts.parts(total, groups), x.size > TUNING.serial
 
     def arguments(x: Array, w: Array, b: Array, find: bool, table: Array, y: Array) -> tuple[Any, ...]:
         stream = outputs.streams(y, five[4], outputs.STREAM_RUNS)

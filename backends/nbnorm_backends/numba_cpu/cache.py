@@ -173,9 +173,11 @@ def _versions() -> tuple[Any, ...]:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of this package's sources, and of the contract, whose constants are compiled in; 1 ms."""
-    digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(backend.__file__)):
+    """A digest of this package's sources, of the contract, whose constants are compiled in, and of what compiled
+    programs call; 1 ms."""
+    digest, contract = hashlib.sha256(), Path(backend.__file__)
+    interop = contract.parent / "interop" / "numba.py"
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), contract, interop):
         source = path.read_bytes()
         digest.update(f"{path.name} {len(source)} ".encode() + source)
     return digest.hexdigest()

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import kernels, merging, outputs
+from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs
 from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.kernels import NEAR, NEAR_PIVOT, NEAR_ZERO
+from nbnorm_backends.numba_cpu.kernels import NEAR_PIVOT, NEAR_ZERO
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
@@ -30,12 +30,11 @@ class _Grid:
     def __init__(self, scheduler: Scheduler, x: Array, *, folds: bool) -> None:
         self._scheduler, self._size = scheduler, x.size
         n, r, g, c, _ = x.shape
-        self.k = _fold(r, g * c) if folds and x.flags.c_contiguous else 1
+        self.k = cuts.fold(r, g * c) if folds and x.flags.c_contiguous else 1
         self.shape = n, r // self.k, self.k * g * c  # (n, rows, w)
         self.five = n, self.k, g, c, 1  # the columns' own axes
         _, rows, w = self.shape
-        self.width = min(w, TUNING.width)
-        self.rows = min(rows, max(TUNING.chunk // self.width, math.ceil(rows / TUNING.shares)))  # whatever n is
+        self.rows, self.width = cuts.tile(rows, w)
         self.samples = max(1, TUNING.chunk // (rows * w))
         self.shares = math.ceil(rows / self.rows)
         self.tiles = math.ceil(w / self.width)
@@ -85,12 +84,6 @@ class _Grid:
 
     def partial_sums(self, sums: int) -> Array:
         return np.empty((sums, self.shape[0], self.shares, self.shape[2]))
-
-
-def _fold(r: int, w: int) -> int:
-    """The largest divisor of r that folds rows of w elements into at most TUNING.fold columns of TUNING.depth rows."""
-    most = max(1, min(TUNING.fold // w, r // TUNING.depth))
-    return max(k for k in range(1, most + 1) if r % k == 0)
 
 
 def forward(
@@ -157,18 +150,15 @@ def _find(
 
 
 def _pivot(grid: _Grid, mask: Array | None, before: Tag, x: Array, joined: Joined) -> Array:
-    """A pivot for every column (n, w) of float64: the mean of its first elements (see `kernels.pivot_of`) where NumPy
-    can find that, else u of the first that counts; 0 where none does."""
+    """A pivot for every column (n, w) of float64: the mean of its first elements where all count as they are, else u of
+    the first that counts; 0 where none does."""
     if joined.source is not None:
         first, other = (np.asarray(part).reshape(grid.shape)[:, 0] for part in joined[:2])
         return np.asarray(first + other, np.float64)
-    if mask is None and before is IDENTITY:
-        first = x.reshape(grid.shape)[:, :NEAR]
-        with np.errstate(invalid="ignore", over="ignore"):
-            near: Array = first[:, :1] + (first - first[:, :1]).mean(axis=1, keepdims=True)
-        column: Array = near[:, 0].copy()
-        return column
     pivot: Array = np.zeros((grid.shape[0], grid.shape[2]))
+    if mask is None and before is IDENTITY:
+        merging.means_of_first(x.reshape(grid.shape), pivot)
+        return pivot
     found = np.zeros_like(pivot)
     one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
@@ -208,9 +198,10 @@ def backward(
         narrow = single and dx.size > 0  # else the sums are what is asked for
         args = grid.view(dy), grid.view(x), params, extra, stats, w, along_r and param_shape is not None
         sums, rows = _backward_sums(grid, terms if narrow else wide, *args, single=narrow)
-        if narrow and not (good := np.isfinite(sums)).all():
+        doubted = np.empty(sums.shape[1:], np.bool_)
+        if narrow and merging.overflowed(sums, doubted):
             again, rows = _backward_sums(grid, wide, *args, single=False)
-            sums = np.where(good.all(axis=0), sums, again)
+            merging.replace(sums, again, doubted)
         dparams = np.empty((2, g * x.shape[3]))
         merging.columns_gradients(sums, stats, *grid.groups, w, center, fixed, coefficients, dparams)
         if param_shape is not None:

@@ -17,6 +17,7 @@ from nbnorm_backends.numba_cpu.kernels import (
     KERNEL,
     M2,
     MEAN,
+    NEAR,
     PLAIN,
     RESIDUAL,
     ROW,
@@ -45,6 +46,19 @@ def merge_shares(part, sums):
                 add_to(part[a, i, share], sums[a, i])
 
 
+@KERNEL
+def means_of_first(x, pivot):
+    """pivot (n, w) of float64: the mean of each column's first NEAR elements (see `kernels.pivot_of`)."""
+    rows = min(NEAR, x.shape[1])
+    pivot[:] = 0.0
+    for i in range(x.shape[0]):
+        for k in range(rows):
+            for j in range(x.shape[2]):
+                pivot[i, j] += x[i, k, j] - x[i, 0, j]
+        for j in range(x.shape[2]):
+            pivot[i, j] = x[i, 0, j] + pivot[i, j] / rows
+
+
 @PLAIN
 def count_of(sums, rows, i, j):
     """Elements of a column: a third plane of the sums has them under a mask."""
@@ -65,6 +79,17 @@ def doubt(sums, rows, farthest, pivot, doubted):
                 found += 1
                 if np.isfinite(s):
                     pivot[i, j] += s / n
+    return found
+
+
+@KERNEL
+def overflowed(sums, doubted):
+    """Mark the columns (n, w) of which a sum is not finite; whether there are any."""
+    found = False
+    for i in range(doubted.shape[0]):
+        for j in range(doubted.shape[1]):
+            doubted[i, j] = not (np.isfinite(sums[0, i, j]) and np.isfinite(sums[1, i, j]))
+            found |= doubted[i, j]
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import kernels, outputs
+from nbnorm_backends.numba_cpu import cuts, kernels, outputs
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.pool import Scheduler
@@ -33,8 +32,8 @@ def forward(
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
     w, b = parameters(x, weight, bias)
-    groups = groups_per_chunk(x)
-    chunks = math.ceil(stats.shape[1] / groups)
+    groups = cuts.groups_per_chunk(x.size, stats.shape[1])
+    chunks = cuts.parts(stats.shape[1], groups)
     parallel = x.size > TUNING.serial
     found = groups, leap_of(scheduler, x, 2), runs_view(x), w, b, center, eps, find, stats
     target = runs_view(y)
@@ -63,12 +62,12 @@ def backward(
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
     w, b = parameters(x, weight, bias, param_shape)
-    groups = groups_per_chunk(x)
     once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
-    if param_shape is not None and not once:
-        most = min(TUNING.shares, max(1, x.size // (TUNING.thin * math.prod(w.shape))))
-        groups = max(groups, math.ceil(stats.shape[1] / most))
-    chunks = math.ceil(stats.shape[1] / groups)
+    if param_shape is None or once:
+        groups = cuts.groups_per_chunk(x.size, stats.shape[1])
+    else:
+        groups = cuts.groups_per_share(x.size, stats.shape[1], w.size)
+    chunks = cuts.parts(stats.shape[1], groups)
     shares = 0 if param_shape is None else 1 if once else chunks
     grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
     args = (
@@ -97,9 +96,8 @@ def backward(
 
 def leap_of(scheduler: Scheduler, x: Array, arrays: int) -> int:
     """After how many chunks a thread's next one is likely to come; 0 where a group is not fetched while the one before
-    it is written. So many `arrays` like x are read and written."""
-    far = TUNING.far if x.shape[1] == 1 else TUNING.far_apart
-    return scheduler.threads if arrays * x.size >= far and x.size <= TUNING.cached * x.shape[0] * x.shape[2] else 0
+    it is written."""
+    return scheduler.threads if cuts.fetches_ahead(x.shape, arrays) else 0
 
 
 def runs_view(array: Array) -> Array:
@@ -118,11 +116,6 @@ def _options(x: Array, options: Options) -> tuple[Any, ...]:
     if mask is not None and x.shape[4] == 1:
         mask = mask.swapaxes(3, 4)
     return _optional(options.residual), mask, options.before, options.after
-
-
-def groups_per_chunk(x: Array) -> int:
-    group: int = x.shape[1] * x.shape[3] * x.shape[4]
-    return max(1, TUNING.chunk // group)
 
 
 def parameters(
