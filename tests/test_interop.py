@@ -119,6 +119,7 @@ def check_oracle(op: str, x: Any, weight: Any, bias: Any, dy: Any, found: Result
     )
 
 
+@pytest.mark.slow
 def test_batch_norm_of_two_axes() -> None:
     """One test of what is compiled once, and first since it takes longest: processes would compile it side by side."""
     for shape in (7, 5), (1000, 7):
