@@ -201,7 +201,14 @@ def apply(
     bfloat16: BFloat16 = False,
 ) -> None:
     """Normalize the channels of a .npy file with saved statistics: (x - mean) / sqrt(var + eps), read in blocks."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else half a file would be left
+    stopped = []
+
+    def stop(number: int, frame: object) -> None:  # else half a file would be left
+        stopped.append(number)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     console = _console()
     with _failures_in_one_line():
         if not out.parent.is_dir():
@@ -213,7 +220,13 @@ def apply(
         source = stream.open_array(file, axis, bfloat16)
         stream.check_statistics(source, moments, eps)
         with replacing(out) as target, _bytes_progress(console, "normalizing", source.nbytes) as advance:
-            stream.normalize(source, target, moments, eps, advance)
+
+            def step(size: int) -> None:
+                advance(size)
+                if stopped:  # while a __del__ ran, where Python swallows what a handler raises
+                    sys.exit(128 + stopped[0])
+
+            stream.normalize(source, target, moments, eps, step)
         console.print(f"saved: {out}", soft_wrap=True)
 
 
