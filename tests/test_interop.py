@@ -119,36 +119,48 @@ def check_oracle(op: str, x: Any, weight: Any, bias: Any, dy: Any, found: Result
     )
 
 
-@pytest.mark.slow
 def test_batch_norm_of_two_axes() -> None:
-    """One test of what is compiled once, and first since it takes longest: processes would compile it side by side."""
+    """One test of what is compiled once, and first since it takes longest: processes would compile it side by side.
+
+    The public norm's kernels would take as long again: its bits are a slow test.
+    """
     for shape in (7, 5), (1000, 7):
-        check("batch_norm", shape, "float32")
-    check_running_statistics_and_evaluation((400, 5))
+        x, weight, bias, dy = data("batch_norm", shape, "float32")
+        running = np.full(shape[1], 0.5, "f4"), np.full(shape[1], 2.0, "f4")
+        check_oracle("batch_norm", x, weight, bias, dy, embedded("batch_norm", x, weight, bias, dy, running))
+        np.testing.assert_allclose(running[0], 0.7 * 0.5 + 0.3 * x.mean(axis=0, dtype="f8"), rtol=1e-6)
+        np.testing.assert_allclose(running[1], 0.7 * 2.0 + 0.3 * x.var(axis=0, dtype="f8", ddof=1), rtol=1e-6)
+
+        y, mean, rstd = np.empty_like(x), *np.empty((2, shape[1]))
+        norms.batch_norm(x, *running, weight, bias, False, 0.3, EPS, y, mean, rstd)
+        np.testing.assert_allclose(y, (x - running[0]) / np.sqrt(running[1] + EPS) * weight + bias, atol=1e-5)
+        dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(bias)
+        norms.batch_norm_backward(dy, x, weight, False, mean, rstd, dx, dweight, dbias)
+        np.testing.assert_allclose(dx, dy * weight / np.sqrt(running[1] + EPS), rtol=1e-5)
+        np.testing.assert_allclose(dbias, dy.sum(axis=0, dtype="f8"), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_batch_norm_of_two_axes_further() -> None:
-    check("batch_norm", (3000, 300), "float32")
+def test_batch_norm_of_two_axes_has_the_public_bits() -> None:
+    for shape in (7, 5), (1000, 7), (3000, 300):
+        check("batch_norm", shape, "float32")
     check_extreme_data((400, 5))
+    check_running_statistics_and_evaluation((400, 5))
 
 
 # Functions are compiled for each type, number of axes, and argument that is None: the quick cases share those of the
 # other tests here, and of the examples in the documentation. Large shapes are cut in chunks, tiles and shares.
 QUICK = [
-    ("layer_norm", "float32", [(2, 3, 40), (7, 100, 300)]),
-    ("rms_norm", "float32", [(3, 2, 40)]),
-    ("group_norm", "float32", [(5, 12)]),
     ("group_norm", "float32", [(2, 6, 20), (40, 6, 1000)]),
     ("instance_norm", "float32", [(2, 3, 50), (50, 4, 1640)]),
 ]
 SLOW = [
-    ("layer_norm", "float32", [(300,), (7, 5), (700, 300)]),
+    ("layer_norm", "float32", [(300,), (7, 5), (700, 300), (7, 100, 300)]),
     ("layer_norm", "float64", [(2, 3, 40), (200, 100, 6)]),
-    ("rms_norm", "float32", [(7, 5), (700, 300)]),
+    ("rms_norm", "float32", [(7, 5), (700, 300), (3, 2, 40)]),
     ("rms_norm", "float64", [(3, 2, 40)]),
-    ("group_norm", "float32", [(3, 6, 5, 4), (300, 24, 7, 7)]),
-    ("group_norm", "float64", [(2, 6, 20), (40, 6, 1000), (2, 6, 2, 3, 4)]),
+    ("group_norm", "float32", [(5, 12), (3, 6, 5, 4), (300, 24, 7, 7)]),
+    ("group_norm", "float64", [(5, 12), (2, 6, 20), (40, 6, 1000), (2, 6, 2, 3, 4)]),
     ("instance_norm", "float64", [(2, 3, 6, 4)]),
     ("batch_norm", "float32", [(5, 6, 40, 41)]),
     ("batch_norm", "float64", [(7, 5), (3000, 300), (128, 1100), (2, 6, 2, 3, 4)]),
@@ -179,21 +191,18 @@ def test_batch_norm_of_three_axes() -> None:
     check_running_statistics_and_evaluation((4, 5, 30))
 
 
-def check_without_parameters(op: str, shape: tuple[int, ...], dtype: str, *, weight: bool, bias: bool) -> None:
-    x, w, b, dy = data(op, shape, dtype)
-    given = w if weight else None, b if bias else None
-    check_oracle(op, x, *given, dy, check_bits(op, x, *given, dy))
-
-
 def test_without_parameters() -> None:
-    check_without_parameters("layer_norm", (2, 3, 12), "float32", weight=False, bias=False)
+    x, _, _, dy = data("layer_norm", (2, 3, 12), "float32")
+    check_oracle("layer_norm", x, None, None, dy, embedded("layer_norm", x, None, None, dy))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weight", "bias"), [(False, False), (True, False), (False, True)])
-def test_with_one_parameter_or_none(weight: bool, bias: bool) -> None:
+@pytest.mark.parametrize("which", [(), (0,), (1,)], ids=["neither", "weight", "bias"])
+def test_bits_with_one_parameter_or_none(which: tuple[int, ...]) -> None:
     for op, shape in ("layer_norm", (2, 3, 12)), ("instance_norm", (2, 3, 6, 4)), ("batch_norm", (20, 5)):
-        check_without_parameters(op, shape, "float64", weight=weight, bias=bias)
+        x, weight, bias, dy = data(op, shape, "float64")
+        given = [param if place in which else None for place, param in enumerate((weight, bias))]
+        check_oracle(op, x, *given, dy, check_bits(op, x, *given, dy))
 
 
 @pytest.mark.slow
@@ -243,12 +252,12 @@ def check_running_statistics_and_evaluation(shape: tuple[int, ...]) -> None:
 
 
 def test_in_place() -> None:
-    x, weight, bias, dy = data("layer_norm", (1, 7, 5), "float32")
-    expected = embedded("layer_norm", x, weight, bias, dy)
+    x, weight, bias, dy = data("instance_norm", (1, 7, 5), "float32")
+    expected = embedded("instance_norm", x, weight, bias, dy)
     y, mean, rstd = x.copy(), np.empty((1, 7)), np.empty((1, 7))
-    norms.layer_norm(y, weight, bias, EPS, y, mean, rstd)
+    norms.instance_norm(y, weight, bias, EPS, y, mean, rstd)
     dx, dweight, dbias = dy.copy(), np.empty_like(weight), np.empty_like(bias)
-    norms.layer_norm_backward(dx, x, weight, mean, rstd, dx, dweight, dbias)
+    norms.instance_norm_backward(dx, x, weight, mean, rstd, dx, dweight, dbias)
     assert_same_bits(y, expected.y)
     assert_same_bits(dx, expected.dx)
 
@@ -288,6 +297,7 @@ def in_parallel(x, weight, dy, y, dx):  # type: ignore[no-untyped-def]  # compil
         norms.instance_norm_backward(dy[i], x[i], weight, mean, rstd, dx[i], dweight, dweight)
 
 
+@pytest.mark.slow
 def test_lengths_that_the_caller_knows_change_no_bit() -> None:
     x, weight = data("instance_norm", (7, 2, 5), "float32")[0], np.ones(2, "f4")
     expected = nbnorm.instance_norm(x, weight=weight, bias=weight, eps=EPS, backend="numba")
@@ -465,3 +475,18 @@ def calls_with_wrong_types(x, y):  # type: ignore[no-untyped-def]  # compiled
 def test_wrong_types_from_a_compiled_caller() -> None:
     with pytest.raises(TypingError, match="out must be a C-contiguous array of 3 axes and x's float32, not read-only"):
         calls_with_wrong_types(X, Y.astype("f8"))
+
+
+# ---- compiled for itself ---------------------------------------------------------------------------------------------
+
+
+def test_values_of_the_oracle_with_weights_along_rows() -> None:
+    """Last, since it takes long: another process has the first of these tests meanwhile."""
+    for op, shape in (
+        ("layer_norm", (2, 3, 40)),
+        ("layer_norm", (5, 50, 30)),
+        ("rms_norm", (3, 2, 40)),
+        ("group_norm", (5, 12)),
+    ):
+        x, weight, bias, dy = data(op, shape, "float32")
+        check_oracle(op, x, weight, bias, dy, embedded(op, x, weight, bias, dy))

@@ -21,7 +21,7 @@ def parts(whole: int, part: int) -> int:
 @register_jitable
 def groups_per_chunk(size: int, groups: int) -> int:
     """For x of so many elements in so many groups."""
-    return max(1, CHUNK // (size // groups))
+    return max(1, CHUNK // max(1, size // max(1, groups)))
 
 
 @register_jitable

@@ -152,6 +152,7 @@ def forward(x, axes, weight, bias, center, eps, out, mean, rstd):
 
 @INLINE
 def apply(x, axes, weight, bias, center, eps, find, stats, out):
+    """The same without checks, and with given statistics unless `find` asks for those of x."""
     w, b = parameter(x, weight, (bias,), axes[1], 1.0), parameter(x, bias, (weight,), axes[1], 0.0)
     runs_forward(x.reshape(axes[0]), w, b, bool(center), float(eps), bool(find), stats, out.reshape(axes[0]))
 
@@ -214,13 +215,13 @@ def columns_backward(dy, x, weight, fixed, mean, rstd, dx, dweight, dbias):
 
 @chosen
 def if_single(x, value):
-    """None for float64: which has no need of powers of two."""
+    """None for float64, which has no need of powers of two."""
     return (lambda x, value: None) if x.dtype == types.float64 else lambda x, value: value
 
 
 @chosen
 def first_pivot(x, pivot):
-    """None for float32: whose sums are first taken about zero."""
+    """None for float32, whose sums are first taken about zero."""
     if x.dtype != types.float64:
         return lambda x, pivot: None
 
