@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -46,3 +47,9 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False; got {value!r}")
     return bool(value)
+
+
+def check_installed(package: str, extra: str, user: str) -> None:
+    """ImportError that says which extra brings a package, unless it is there; `user` needs it, in words with a verb."""
+    if find_spec(package) is None:
+        raise ImportError(f"{user} the package {package}: pip install 'nbnorm[{extra}]'")

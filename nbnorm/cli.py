@@ -201,14 +201,7 @@ def apply(
     bfloat16: BFloat16 = False,
 ) -> None:
     """Normalize the channels of a .npy file with saved statistics: (x - mean) / sqrt(var + eps), read in blocks."""
-    stopped = []
-
-    def stop(number: int, frame: object) -> None:  # else half a file would be left
-        stopped.append(number)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    leave_if_stopped = _end_by_exceptions()
     console = _console()
     with _failures_in_one_line():
         if not out.parent.is_dir():
@@ -220,14 +213,28 @@ def apply(
         source = stream.open_array(file, axis, bfloat16)
         stream.check_statistics(source, moments, eps)
         with replacing(out) as target, _bytes_progress(console, "normalizing", source.nbytes) as advance:
-
-            def step(size: int) -> None:
-                advance(size)
-                if stopped:  # while a __del__ ran, where Python swallows what a handler raises
-                    sys.exit(128 + stopped[0])
-
-            stream.normalize(source, target, moments, eps, step)
+            stream.normalize(source, target, moments, eps, lambda size: (advance(size), leave_if_stopped()))
         console.print(f"saved: {out}", soft_wrap=True)
+
+
+def _end_by_exceptions() -> Callable[[], None]:
+    """Have signals end the command by exceptions, so that no half file is left.
+
+    Python swallows an exception that comes while a ``__del__`` runs: what is returned raises it again.
+    """
+    stopped: list[int] = []
+
+    def leave() -> None:
+        if stopped:
+            sys.exit(128 + stopped[0])
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        leave()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return leave
 
 
 @contextlib.contextmanager

@@ -12,13 +12,13 @@ import os
 import struct
 import zipfile
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.arrays import bfloat16
+from nbnorm.checks import check_installed
 from nbnorm.errors import StateError
 from nbnorm.npy import read_header
 
@@ -67,13 +67,13 @@ class Safetensors:
     """Eight bytes of length, a JSON header, and the elements; the package checks that they fill the file."""
 
     def encode(self, arrays: Arrays, metadata: Metadata) -> bytes:
-        self._require()
+        check_installed("safetensors", "exchange", ".safetensors files need")
         from safetensors.numpy import save  # noqa: PLC0415  an extra
 
         return save(dict(arrays), dict(metadata))
 
     def decode(self, content: bytes) -> Contents:
-        self._require()
+        check_installed("safetensors", "exchange", ".safetensors files need")
         from safetensors import SafetensorError, deserialize  # noqa: PLC0415  an extra
 
         header = self._header(content)
@@ -101,10 +101,6 @@ class Safetensors:
         if stored not in DTYPES:
             raise ValueError(f"{name} must be of dtype {', '.join(DTYPES)}; got {stored}")
         return bfloat16(name) if stored == "BF16" else np.dtype(DTYPES[stored]).newbyteorder("<")
-
-    def _require(self) -> None:
-        if find_spec("safetensors") is None:
-            raise ImportError(".safetensors files need the package safetensors: pip install 'nbnorm[exchange]'")
 
 
 class Npz:

@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm.checks import check_flag, check_length, check_number
+from nbnorm.checks import check_flag, check_installed, check_length, check_number
+from nbnorm.containers import CONTAINERS
 from nbnorm.conventions import CONVENTIONS, RUNNING, State, initial_weight, numpy_copy, running_of
 from nbnorm.errors import StateError
 from nbnorm.files import replacing
@@ -88,9 +88,6 @@ def write_torch(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
     states : mapping from the modules' names to State
         The name "" is that of a batch norm that is the whole module.
     """
-    _needs("safetensors")
-    from safetensors.numpy import save  # noqa: PLC0415
-
     arrays, metadata = {}, {}
     for prefix, state in states.items():
         start = f"{prefix}." if prefix else ""
@@ -100,7 +97,7 @@ def write_torch(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
         metadata[start] = json.dumps(_checked(state).metadata)
     metadata[CHECKSUM_NAME] = digest(arrays, metadata)
     with replacing(path) as file:
-        file.write(save(arrays, metadata))  # its own save_file makes files that only their owner may read
+        file.write(CONTAINERS[".safetensors"].encode(arrays, metadata))
 
 
 def read_keras(
@@ -163,20 +160,15 @@ def write_keras(path: str | os.PathLike[str], states: Mapping[str, State]) -> No
     with replacing(path) as partial:
         shutil.copyfile(path, partial.name)  # first: the layers are changed in a copy
         with _hdf5(partial.name, "r+") as file:
-            for layer, state in states.items():
+            for layer, given in states.items():
+                state = _checked(given)
                 names = _keras_names("weight" in state, "bias" in state)
                 variables = _keras_variables(file, layer, names)
                 for place, name in enumerate(names):
-                    target, array = variables[str(place)], _checked(state)[name]
+                    target, array = variables[str(place)], state[name]
                     if target.shape != array.shape:
                         raise StateError(f"{layer}'s {name} must have shape {target.shape}; got {array.shape}")
                     target[...] = _narrowed(array, target.dtype, f"{layer}'s {name}")
-
-
-def _needs(package: str) -> None:
-    """ImportError that says what to install."""
-    if find_spec(package) is None:
-        raise ImportError(f"this file format needs the package {package}: pip install 'nbnorm[exchange]'")
 
 
 def _metadata(
@@ -234,7 +226,7 @@ def _torch_names(keys: Collection[str], start: str) -> list[str]:
 
 def _read_safetensors(path: str | os.PathLike[str], start: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """What lies under a prefix, and the metadata of the file."""
-    _needs("safetensors")
+    check_installed("safetensors", "exchange", "this file format needs")
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
     try:
@@ -254,7 +246,7 @@ def _read_safetensors(path: str | os.PathLike[str], start: str) -> tuple[dict[st
 
 @contextlib.contextmanager
 def _hdf5(path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-    _needs("h5py")
+    check_installed("h5py", "exchange", "this file format needs")
     import h5py  # noqa: PLC0415
 
     Path(path).stat()  # FileNotFoundError is not damage

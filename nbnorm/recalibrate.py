@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from nbnorm.checks import check_flag
+from nbnorm.checks import check_flag, check_installed
 from nbnorm.layers import Mode
 from nbnorm.running import RunningStatistics
 from nbnorm.statistics import Moments
@@ -119,8 +119,7 @@ def _shown(batches: Iterable[T], progress: bool | None) -> Iterator[Iterable[T]]
     if not check_flag("progress", progress):
         yield batches
         return
-    if find_spec("rich") is None:
-        raise ImportError("progress=True needs the package rich: pip install 'nbnorm[cli]'")
+    check_installed("rich", "cli", "progress=True needs")
     from rich.console import Console  # noqa: PLC0415  an extra
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
 """Calls that are made again and again: checked once, and then found by what their checks depend on.
 
-Remembered is a call of a norm with nothing but arrays of NumPy's, weight and bias to it.
+Remembered is a call of a norm with nothing but arrays of NumPy's to it: x, weight, bias and running statistics.
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ def repeated_with_statistics(call: Call) -> Again | None:
         return normalize(x, weight, bias, None, engine.fixed_stats(mean, var, eps, plan))
 
     def train(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
-        read = (x, *(param for param in (weight, bias) if param is not None))
-        if np.may_share_memory(mean, var) or any(
-            np.may_share_memory(statistic, other) for statistic in (mean, var) for other in read
-        ):
-            return None
         assert running is not None
+        for other in (x, weight, bias):
+            if other is not None and (np.may_share_memory(mean, other) or np.may_share_memory(var, other)):
+                return None
+        if np.may_share_memory(mean, var):
+            return None
         y, found = normalize(x, weight, bias, None)
         batch = engine.logical_moments(found, axes, plan)
         mean[...], var[...] = batch.blend(mean, var, running.momentum)

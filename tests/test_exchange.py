@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm import conventions, exchange
+from nbnorm import checks, conventions, exchange
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed (it comes with the exchange extra)")
 pytest.importorskip("safetensors", reason="safetensors is not installed (it comes with the exchange extra)")
@@ -116,7 +116,7 @@ def test_numbers_that_a_file_cannot_hold(keras: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["h5py", "safetensors"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
-    monkeypatch.setattr(exchange, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     read = exchange.read_keras if package == "h5py" else exchange.read_torch
     with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'nbnorm\[exchange\]'"):
         read(tmp_path / "any", "norm")

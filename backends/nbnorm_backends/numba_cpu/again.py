@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, typeof
+from numba import typeof
 from numpy.typing import NDArray
 
 from nbnorm_backends.numba_cpu import cuts, kernels, outputs
-from nbnorm_backends.numba_cpu.elements import CARRIERS, INNER
+from nbnorm_backends.numba_cpu.checks import overlaps_in_part, share_memory
+from nbnorm_backends.numba_cpu.elements import CARRIERS
 from nbnorm_backends.numba_cpu.options import Options
 from nbnorm_backends.numba_cpu.pool import Pool, worker
 from nbnorm_backends.numba_cpu.runs import leap_of, parameters, runs_view
@@ -51,10 +52,10 @@ def repeated(
     seen = _seen(x, five)
     total, leap = five[0] * five[2], leap_of(pool, x, 2)
     groups = cuts.groups_per_chunk(x.size, total)
-    chunks, parallel = cuts.parts(total, groups), x.size > TUNING.serial
+    chunks, parallel, large = cuts.parts(total, groups), x.size > TUNING.serial, x.nbytes >= outputs.STREAM_RUNS
 
     def arguments(x: Array, w: Array, b: Array, find: bool, table: Array, y: Array) -> tuple[Any, ...]:
-        stream = outputs.streams(y, five[4], outputs.STREAM_RUNS)
+        stream = large and outputs.streams(y, five[4], outputs.STREAM_RUNS)
         found = groups, leap, x, w, b, center, eps, find, table
         return *found, None, None, options.before, options.after, None, None, None, stream, y
 
@@ -107,19 +108,11 @@ def _compiled(function: Any, arguments: tuple[Any, ...]) -> Any:
     return function.compile(tuple(map(typeof, arguments)))
 
 
-@njit(**INNER)
-def share_memory(a, b):  # type: ignore[no-untyped-def]  # compiled
-    """Of two contiguous arrays."""
-    first, second = a.ctypes.data, b.ctypes.data
-    return first < second + b.nbytes and second < first + a.nbytes
-
-
 @kernels.KERNEL
 def forward(x, y, w, b, five, center, eps, before, after):  # type: ignore[no-untyped-def]  # compiled
     """y of a C-contiguous x, in one chunk. False, and nothing done, where y is neither x nor apart from the inputs, or
     one of both is not aligned."""
-    own = y.ctypes.data == x.ctypes.data or not share_memory(x, y)
-    if not own or share_memory(w, y) or share_memory(b, y):
+    if overlaps_in_part(y, x) or share_memory(w, y) or share_memory(b, y):
         return False
     if x.ctypes.data % x.itemsize or y.ctypes.data % y.itemsize:
         return False

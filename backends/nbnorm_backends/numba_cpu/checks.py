@@ -108,10 +108,16 @@ def _check_backward_sizes(dy, x, weight, mean, rstd, dx, dweight, dbias, channel
 
 
 @PLAIN
+def share_memory(a, b):
+    """Whether two contiguous arrays do."""
+    first, second = a.ctypes.data, b.ctypes.data
+    return first < second + b.nbytes and second < first + a.nbytes
+
+
+@PLAIN
 def overlaps_in_part(a, b):
     """Of two contiguous arrays of one shape and type."""
-    distance = np.int64(a.ctypes.data) - np.int64(b.ctypes.data)
-    return distance != 0 and abs(distance) < a.size * a.itemsize
+    return a.ctypes.data != b.ctypes.data and share_memory(a, b)
 
 
 # ---- what some norms have --------------------------------------------------------------------------------------------

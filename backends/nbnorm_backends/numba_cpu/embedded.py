@@ -317,12 +317,8 @@ def tiles_backward(dy, x, weight, fixed, stats, total, dx):
     if x.size:
         r, w, rows, width = grid(n, channels)
         dys, xs, dxs = dy.reshape(1, r, w), x.reshape(1, r, w), dx.reshape(1, r, w)
-        terms, gains, k, tag = (
-            np.empty((4, 1, w), x.dtype),
-            np.empty((4, 1, w), x.dtype),
-            np.zeros((2, channels)),
-            identity(),
-        )
+        terms, gains = np.empty((4, 1, w), x.dtype), np.empty((4, 1, w), x.dtype)
+        k, tag = np.zeros((2, channels)), identity()
         fill_terms(xs, stats, weight, np.empty(0), terms)
         power, lift = if_single(x, terms[0]), if_single(x, gains[3])
         if total.size or not fixed:

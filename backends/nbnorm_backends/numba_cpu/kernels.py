@@ -734,27 +734,8 @@ def runs_backward(
                     ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
                     ts, zs = run_of(addend, i, a, j, m), run_of(dz, i, a, j, m)
                     ahead = run_ahead(dy, leap, coming, a, m), run_ahead(x, leap, coming, a, m)
-                    found = (
-                        dys,
-                        xs,
-                        *ahead,
-                        power,
-                        high,
-                        scale,
-                        low,
-                        ws,
-                        bs,
-                        rs,
-                        ms,
-                        before,
-                        after,
-                        gain,
-                        k1,
-                        k2,
-                        lift,
-                        ts,
-                        zs,
-                    )
+                    rest = gain, k1, k2, lift, ts, zs
+                    found = dys, xs, *ahead, power, high, scale, low, ws, bs, rs, ms, before, after, *rest
                     if stream:
                         backward_affine(*found, PAST, dxs)
                     else:
@@ -912,7 +893,7 @@ def columns_apply(
 
 @PLAIN
 def add_backward_row(dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, s, q):
-    """`block_backward_sums` of every column on its own, added to float64."""
+    """`backward_sums` of every column on its own."""
     widest_vectors()
     for j in range(x.size):
         g, v = at_like(scale, dy, j), at_like(scale, x, j)

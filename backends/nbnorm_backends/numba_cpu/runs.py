@@ -70,7 +70,7 @@ def backward(
     chunks = cuts.parts(stats.shape[1], groups)
     shares = 0 if param_shape is None else 1 if once else chunks
     grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
-    args = (
+    found = (
         groups,
         leap_of(scheduler, x, 3),
         runs_view(dy),
@@ -82,12 +82,11 @@ def backward(
         find,
         stats,
         coefficients,
-        *_options(x, options),
     )
     target = runs_view(dx)
     stream = outputs.streams(target, target.shape[4], outputs.STREAM_RUNS_BACKWARD)
-    written = _optional(addend), grads[0], grads[1], _optional(dz), stream, target
-    scheduler.run(kernels.runs_backward, chunks, (*args, *written), parallel=x.size > TUNING.serial)
+    args = *found, *_options(x, options), _optional(addend), grads[0], grads[1], _optional(dz), stream, target
+    scheduler.run(kernels.runs_backward, chunks, args, parallel=x.size > TUNING.serial)
     if param_shape is None:
         return None, None
     dweight, dbias = (_five_axes(grad.sum(axis=0), x, param_shape) for grad in grads)
