@@ -65,6 +65,12 @@ def KERNEL(function):
     return sealed(compiled, f"{function.__module__}.{function.__qualname__}")
 
 
+def EXACT(function):
+    """The same for what NumPy computes too, in calls that are not remembered: no product is rounded with its sum."""
+    compiled = njit(error_model="numpy", nogil=True, no_cfunc_wrapper=True)(function)
+    return sealed(compiled, f"{function.__module__}.{function.__qualname__}")
+
+
 STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
@@ -81,7 +87,7 @@ NEAR_PIVOT = 0.25  # it is near where (sum of deviations)^2 <= n * m2 / 4: beyon
 NEAR_ZERO = 64.0  # sums of narrower types are done again where sum^2 > 64 * n * m2: beyond it they lose two digits
 MODERATE = 16.0  # scales up to it, and down to its reciprocal, leave float32 room on both sides
 TOP = 2.0**126  # the last power of two but one that float32 has, and the reciprocal of its smallest normal number
-LARGEST = 3.4e38  # of float32
+LARGEST = float(np.finfo(np.float32).max)
 PAST = True  # the caches; None for ordinary stores
 
 
@@ -889,6 +895,7 @@ def columns_apply(
     row is fetched: neither gains without the other.
     """
     x, residual, mask, y = borrowed(x), borrowed(residual), borrowed(mask), borrowed(y)
+    power, mean, scale, shift = borrowed(power), borrowed(mean), borrowed(scale), borrowed(shift)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
@@ -966,6 +973,7 @@ def columns_backward_sums(
     """part (2, n, shares, w): sum(wr * t) and sum(wr * t * d) down the tile's rows; dwr (2, n, tiles, r, 1 or c), where
     not empty: each row's sum(t * xhat) and sum(t) along the tile."""
     dy, x, residual, mask, part = borrowed(dy), borrowed(x), borrowed(residual), borrowed(mask), borrowed(part)
+    power, mean, scale, shift = borrowed(power), borrowed(mean), borrowed(scale), borrowed(shift)
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
@@ -1057,6 +1065,8 @@ def columns_backward_apply(
     """
     dy, x, dx, residual, mask = borrowed(dy), borrowed(x), borrowed(dx), borrowed(residual), borrowed(mask)
     addend, dz = borrowed(addend), borrowed(dz)
+    power, mean, scale, shift = borrowed(power), borrowed(mean), borrowed(scale), borrowed(shift)
+    gain, k1, k2, lift = borrowed(gain), borrowed(k1), borrowed(k2), borrowed(lift)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
     constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
