@@ -50,7 +50,7 @@ def test_gradients_of_extreme_data(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("value", [1e25, 3e38, -1e20, 1e-40])
+@pytest.mark.parametrize("value", [1e25, 3e38, float(np.finfo("f4").max), -3.402e38, -1e20, 1e-40, 1e-45])
 @pytest.mark.parametrize(("eps", "gain"), [(1e-70, 1.0), (1e-5, 1e29)])
 def test_equal_values_give_the_bias(value: float, eps: float, gain: float, layout: str, backend: str) -> None:
     x, op, call, _ = laid(np.full((3, 16), value, "f4"), layout)

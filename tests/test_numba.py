@@ -3,8 +3,10 @@ of other people's programs."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import queue
 import subprocess
 import sys
 import textwrap
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.dispatcher import Dispatcher
 
 import nbnorm
 from nbnorm.dispatch import registry
@@ -155,6 +158,70 @@ def test_an_interrupted_call_leaves_nobody_at_work() -> None:
         """
     )
     assert printed == "True False"
+
+
+@njit(nogil=True)
+def slow(chunk, pause, seen):  # type: ignore[no-untyped-def]  # compiled
+    pause(500)
+    seen[chunk] += 1
+
+
+def test_an_interrupt_while_helpers_are_called_waits_for_them() -> None:
+    class Interrupted(queue.SimpleQueue):  # type: ignore[type-arg]
+        def put(self, *args: Any) -> None:
+            super().put(*args)
+            time.sleep(0.01)  # the helper is at work
+            raise KeyboardInterrupt
+
+    pause = ctypes.CDLL(None).usleep
+    pause.argtypes = [ctypes.c_uint]
+    pool, seen = Pool(2), np.zeros(200, np.int64)
+    pool.run(slow, 2, (pause, seen), parallel=False)  # compiled
+    pool._jobs = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(slow, 200, (pause, seen), parallel=True)
+    found = seen.copy()
+    time.sleep(0.02)
+    assert found.any()
+    assert (seen == found).all()
+
+
+def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:
+    pause = ctypes.CDLL(None).usleep
+    pause.argtypes = [ctypes.c_uint]
+    pool, seen, long = Pool(2), np.zeros(1000, np.int64), np.zeros(2, np.int64)
+    pool.run(slow, 2, (pause, seen), parallel=False)
+
+    @njit(nogil=True)
+    def longer(chunk, pause, seen):  # type: ignore[no-untyped-def]  # compiled
+        for _ in range(1000):
+            pause(500)
+        seen[chunk] += 1
+
+    pool.run(longer, 0, (pause, long), parallel=False)
+    with ThreadPoolExecutor(1) as other:
+        busy = other.submit(pool.run, longer, 2, (pause, long), parallel=True)
+        while not pool._jobs.empty() or not pool._helpers:
+            time.sleep(0.001)
+        gone = weakref.ref(seen)
+        pool.run(slow, 1000, (pause, seen), parallel=True)
+        del seen
+        assert gone() is None
+        assert not busy.done()
+
+
+def test_flags_of_kernels() -> None:
+    """Nothing assumes away NaN and Inf, and no quotient becomes a product."""
+    allowed = {"reassoc", "contract", "nsz"}
+    modules = [module for name, module in sys.modules.items() if name.startswith("nbnorm_backends.numba_cpu.")]
+    found = 0
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, Dispatcher):
+                flags = value.targetoptions.get("fastmath", False)
+                assert flags is False or set(flags) <= allowed, value
+                found += 1
+    assert found > 50
 
 
 def test_many_threads_call_at_once() -> None:

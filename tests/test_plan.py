@@ -127,6 +127,48 @@ def test_a_tuple_of_other_numbers_is_checked_anew() -> None:
     assert len(registry.calls) == 1
 
 
+def test_numbers_that_may_change_are_read_anew() -> None:
+    class Number:
+        value = 2
+
+        def __index__(self) -> int:
+            return self.value
+
+    x, number = RNG.normal(size=(3, 4, 5)).astype("f4"), Number()
+    for groups in (2, 4):
+        number.value = groups
+        expected = nbnorm.group_norm(x, groups, backend="numba")
+        for same in (np.array(groups), number, np.int64(groups)):
+            np.testing.assert_array_equal(nbnorm.group_norm(x, same, backend="numba"), expected)
+    for axis in (1, 2):
+        expected = nbnorm.layer_norm(x, axis=axis, backend="numba")
+        np.testing.assert_array_equal(nbnorm.layer_norm(x, axis=np.array(axis), backend="numba"), expected)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_plan_with_running_statistics(training: bool, last: bool, backend: str) -> None:
+    keys = {"training": training, "channel_axis": -1 if last else 1, "backend": backend}
+    x = RNG.normal(1, 2, size=(6, 3, 7, 3)).astype("f4")
+    found, expected = ([np.zeros(3, "f4"), np.ones(3, "f4")] for _ in range(2))
+    plan = nbnorm.plan(nbnorm.batch_norm, x, *found, **keys)
+    for scale in (1, 2, 3):
+        y = nbnorm.batch_norm(scale * x, *expected, **keys)
+        np.testing.assert_array_equal(plan(scale * x), y)
+        np.testing.assert_array_equal(found, expected)
+    assert training == (expected[0] != 0).any()
+
+
+def test_a_plan_refuses_an_x_that_holds_its_statistics(backend: str) -> None:
+    memory = RNG.normal(size=200).astype("f4")
+    x, mean, var = memory[:60].reshape(20, 3), memory[6:9], np.ones(3, "f4")
+    plan = nbnorm.plan(nbnorm.batch_norm, x + 1, mean, var, training=True, backend=backend)
+    before = memory.copy()
+    with pytest.raises(ValueError, match="running_mean must not overlap x"):
+        plan(x)
+    np.testing.assert_array_equal(memory, before)
+
+
 def test_unaligned_arrays_are_copied_as_ever(backend: str) -> None:
     memory = np.zeros(X.nbytes + 1, np.uint8)
     unaligned = memory[1:].view("f4").reshape(X.shape)
