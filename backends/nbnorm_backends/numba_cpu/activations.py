@@ -109,16 +109,14 @@ class _Constants:
     sign: int  # the bit of the sign, as a signed integer
     lowest: float  # -bias * ln(2): exp of it is 0 in place of a denormal
     flat: float  # tanh(x / 2) of more rounds to 1
-    expm1: tuple[float, ...]  # (exp(r) - 1) / r for |r| <= ln(2) / 2, interpolated at Chebyshev nodes in 50 digits
-    mills: tuple[
-        tuple[float, ...], tuple[float, ...]
-    ]  # exp(z*z/2) * (1 - Phi(z)), a quotient fitted by Lawson's method
+    exp: tuple[float, ...]  # (exp(r) - 1 - r) / r**2 for |r| <= ln(2) / 2
+    mills: tuple[tuple[float, ...], tuple[float, ...]]  # exp(z*z/2) * (1 - Phi(z)), a quotient
     farthest: float  # where exp(-z*z/2) has become 0
-    halved: tuple[float, float]  # -log2(e) / 2: what there is of it in one number, and the rest, if `mills` leaves it
+    bell: tuple[float, ...] | None  # `exp` in one term less, where that is precise enough
     low_bits: int  # cleared in the factor of a square that shall be exact
 
 
-# Largest relative errors before rounding: expm1 4e-9 and 7e-18, mills 5e-9 and 5e-17.
+# Largest relative errors before rounding: exp 3e-9 and 7e-18, mills 5e-9 and 5e-17.
 SINGLE = _Constants(
     (0.693359375, -2.12194440e-4),
     23,
@@ -126,12 +124,11 @@ SINGLE = _Constants(
     -(1 << 31),
     -88.029691,
     18.1,
-    (1.0000000108364155, 0.500000001353873, 0.1666650461303261, 0.04166646419740569, 0.008369220291803607,
-     0.0013933730715792083),
-    ((0.5000000030981614, 0.4413151180325955, 0.18533076962490427, 0.041307295920519245, 0.004208996624876336),
-     (1.0, 1.680515238676885, 1.2115136669385276, 0.474989109527234, 0.10354576171824736, 0.010550387220063455)),
+    (0.4999999344774544, 0.16666520630984757, 0.04166838805282392, 0.008368716966515042, 0.001381459859218528),
+    ((49.195796842669836, 42.96980345978871, 17.911745390723564, 3.95796178556309, 0.3989468355880281),
+     (98.39159317505438, 164.44477672203493, 117.8352200659538, 45.88272586019897, 9.921796691118848, 1.0)),
     13.26,
-    (-0.7213475108146667, 0.0),
+    (0.49999231490556556, 0.16667114650455256, 0.04189015749165247, 0.008312520329420585),
     12,
 )  # fmt: skip
 DOUBLE = _Constants(
@@ -141,7 +138,7 @@ DOUBLE = _Constants(
     -(1 << 63),
     -709.08956571282405,
     38.2,
-    (1.0, 0.5000000000000006, 0.1666666666666667, 0.04166666666657239, 0.008333333333326084, 0.0013888888932751,
+    (0.5000000000000006, 0.1666666666666667, 0.04166666666657239, 0.008333333333326084, 0.0013888888932751,
      0.0001984126987500228, 2.4801504014426906e-05, 2.755725517000089e-06, 2.7626495546432196e-07,
      2.5105312729622103e-08),
     ((0.5, 0.7747130141438154, 0.5938135376197936, 0.28916666042841094, 0.09762496742488122, 0.023599734021299557,
@@ -150,21 +147,25 @@ DOUBLE = _Constants(
       0.06037638018679486, 0.010331549970627471, 0.0012310184175635783, 9.322433009890726e-05,
       3.466411012775339e-06)),
     37.66,
-    (-0.7213475204444817, -1.0177636870465517e-17),
+    None,
     27,
 )  # fmt: skip
 LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
+SINGLE_LN2 = 0.6931471824645996  # in float32; `mills` makes up for the difference
 
 
 def _constants(x: Real) -> _Constants:
     return SINGLE if x.value.type == F32 else DOUBLE
 
 
-def _polynomial(x: Real, coefficients: tuple[float, ...]) -> Real:
-    """Horner's rule."""
-    total = x * coefficients[-1] + coefficients[-2]
-    for coefficient in coefficients[-3::-1]:
-        total = total * x + coefficient
+def _polynomial(x: Real, square: Real, coefficients: tuple[float, ...]) -> Real:
+    """By pairs c + d * x, which do not wait for each other, and Horner's rule in `square`, x * x."""
+    pairs: list[Any] = [x * d + c for c, d in zip(coefficients[::2], coefficients[1::2], strict=False)]
+    if len(coefficients) % 2:
+        pairs.append(coefficients[-1])
+    total = pairs.pop()
+    while pairs:
+        total = square * total + pairs.pop()
     return total
 
 
@@ -187,28 +188,34 @@ def _exp(x: Real, low: Real | float = 0.0) -> Real:
     """exp(x + low) for small `low` and x from `lowest`, where it is 0, to ln(2) - lowest, where it is infinite."""
     r, power = _reduced(x)
     r = r + low if isinstance(low, Real) else r
-    return power * (1.0 + r * _polynomial(r, _constants(x).expm1))
+    return power * _polynomial(r, r * r, (1.0, 1.0, *_constants(x).exp))
 
 
-def _bell(x: Real) -> Real:
-    """exp(-x * x / 2) for x from 0 to `farthest`, as a power of 2."""
+def _bell(x: Real) -> tuple[Real, Real | float]:
+    """exp(-x * x / 2) for x from 0 to `farthest`, but for the part of it that `mills` has: as two factors, of which the
+    second, a power of two, is there first."""
     with_ = _constants(x)
     high, low = _square(x)
+    if with_.bell is None:
+        return _exp(high * -0.5, low * -0.5), 1.0
     if not fuses_multiply_add():
-        rest = 0.5 + with_.halved[0] * LN2 if with_.halved[1] == 0.0 else 0.0
-        return _exp(high * -0.5, low * -0.5 + high * rest)
-    shifted = high * with_.halved[0] + with_.round
+        return _exp(high * -0.5, low * -0.5 + high * (0.5 * (SINGLE_LN2 / LN2 - 1.0))), 1.0
+    shifted = high * (-0.5 * LOG2_E) + with_.round
     k = shifted - with_.round
-    r = high.fused(with_.halved[0], 0.0 - k) + low * with_.halved[0]
-    if with_.halved[1]:
-        r = r + high * with_.halved[1]
-    exp2m1 = tuple(c * LN2 ** (i + 1) for i, c in enumerate(with_.expm1))
-    return _power(shifted) * (1.0 + r * _polynomial(r, exp2m1))
+    r = k.fused(2.0 * SINGLE_LN2, high) + low  # -2 times what is left of the exponent
+    coefficients = tuple(c * (-0.5) ** power for power, c in enumerate((1.0, 1.0, *with_.bell)))
+    return _polynomial(r, r * r, coefficients), _power(shifted)
 
 
 def _absolute(x: Real) -> Real:
     sign = _constants(x).sign
     return x.bits(lambda word, of: x.builder.and_(word, of(~sign)))
+
+
+def _clamped(x: Real, low: float, high: float) -> Real:
+    """x from `low` to `high`; a NaN stays one."""
+    x = x.where(">", high, high, x)
+    return x.where("<", low, low, x)
 
 
 def _decay(x: Real) -> Real:
@@ -231,9 +238,7 @@ def _square(x: Real) -> tuple[Real, Real]:
 def _exp_minus(x: Real) -> Real:
     """exp(-x) for any x, rounded to 0 and infinity a little early."""
     lowest = _constants(x).lowest
-    x = x.where(">", -lowest, -lowest, x)
-    x = x.where("<", lowest - LN2, lowest - LN2, x)
-    return _exp(Real(x.builder, x.builder.fneg(x.value)))
+    return _exp(Real(x.builder, x.builder.fneg(_clamped(x, lowest - LN2, -lowest).value)))
 
 
 def _sigmoid(x: Real) -> Real:
@@ -248,37 +253,39 @@ def _logistic(x: Real) -> tuple[Real, Real]:
     return x.where("<", 0.0, small, d), small * d
 
 
-def _tanh(x: Real) -> tuple[Real, Real]:
-    """tanh and its derivative, by exp(2x) - 1, which keeps small x accurate."""
+def _tanh(x: Real) -> Real:
+    """By exp(2x) - 1, which keeps small x accurate."""
     with_ = _constants(x)
-    doubled = _absolute(x) * 2.0
-    r, power = _reduced(doubled.where(">", with_.flat, with_.flat, doubled))
-    grown = power * (r * _polynomial(r, with_.expm1)) + (power - 1.0)
-    d = 1.0 / (grown + 2.0)
-    t = grown * d
-    slope = doubled.where(">", with_.flat, 4.0 * _decay(doubled), (4.0 * (grown + 1.0)) * d * d)
-    return x.where("<", 0.0, 0.0 - t, t), slope
+    r, power = _reduced(_clamped(x, -with_.flat / 2.0, with_.flat / 2.0) * 2.0)
+    grown = power * (r * r * _polynomial(r, r * r, with_.exp) + r) + (power - 1.0)
+    return grown / (grown + 2.0)
 
 
-def _normal_tail(x: Real) -> tuple[Real, Real, Real]:
-    """abs(x), the upper tail of the standard normal there, to full relative accuracy, and its density."""
+def _tanh_slope(x: Real) -> Real:
+    return 4.0 * _logistic(x * 2.0)[1]
+
+
+def _normal_tail(x: Real) -> tuple[Real, Real, Real | float, Real]:
+    """abs(x), e, p, m: the upper tail of the standard normal there is e * p * m, to full relative accuracy, and the
+    density e * p / sqrt(2 * pi)."""
     with_ = _constants(x)
     far = _absolute(x)
     far = far.where(">", with_.farthest, with_.farthest, far)
-    bell = _bell(far)
-    above, below = (_polynomial(far, part) for part in with_.mills)
-    return far, (bell * above) / below, bell * 0.3989422804014327
+    above, below = (_polynomial(far, far * far, part) for part in with_.mills)
+    return far, *_bell(far), above / below
 
 
 def _gelu(z: Real) -> Real:
     """max(z, 0) - abs(z) * tail"""
-    far, tail, _ = _normal_tail(z)
-    return z.where("<", 0.0, 0.0, z) - far * tail
+    far, bell, power, mills = _normal_tail(z)
+    return z.where("<", 0.0, 0.0, z) - bell * (power * (far * mills))
 
 
 def _gelu_slope(z: Real) -> Real:
-    _, tail, density = _normal_tail(z)
-    return _product_slope(z, z.where("<", 0.0, tail, 1.0 - tail), density)
+    _, bell, power, mills = _normal_tail(z)
+    bell = bell * power
+    tail = bell * mills
+    return _product_slope(z, z.where("<", 0.0, tail, 1.0 - tail), bell * 0.3989422804014327)
 
 
 def _gelu_tanh_inner(z: Real) -> tuple[Real, Real]:
@@ -307,7 +314,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Real], Real], Callable[[Real], Real]]] = {
     "gelu": (_gelu, _gelu_slope),
     "gelu_tanh": (lambda z: z / (1.0 + _exp_minus(_gelu_tanh_inner(z)[0])), _gelu_tanh_slope),
     "sigmoid": (_sigmoid, lambda z: _logistic(z)[1]),
-    "tanh": (lambda z: _tanh(z)[0], lambda z: _tanh(z)[1]),
+    "tanh": (_tanh, _tanh_slope),
 }
 
 

@@ -206,18 +206,20 @@ def keep(typing_context: Any, mask: Any, index: Any, value: Any) -> Any:
     return value(mask, types.intp, value), generate
 
 
-@intrinsic
-def touch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index], in all caches, and go on."""
+@intrinsic(prefer_literal=True)
+def touch(typing_context: Any, array: Any, index: Any, size: Any) -> Any:
+    """Ask for the cache lines of array[index : index + size], in all caches, and go on; `size` is a literal."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.bitcast(_pointer(context, builder, array, *args), I8.as_pointer())
+        first = builder.bitcast(_pointer(context, builder, array, *args[:2]), I8.as_pointer())
         prefetch = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], prefetch)
-        builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # for reading, locality 3 of 0..3, data
+        for offset in range(0, size.literal_value * array.dtype.bitwidth // 8, LINE):
+            # For reading, locality 3 of 0..3, data.
+            builder.call(function, [builder.gep(first, [I32(offset)]), I32(0), I32(3), I32(1)])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+    return types.void(array, types.intp, size), generate
 
 
 @intrinsic

@@ -33,7 +33,6 @@ from nbnorm_backends.numba_cpu.activations import activate, curved, slope
 from nbnorm_backends.numba_cpu.cache import sealed
 from nbnorm_backends.numba_cpu.elements import (
     INNER,
-    LINE,
     at_like,
     borrowed,
     chosen,
@@ -75,8 +74,6 @@ STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
 STRIDE = 64  # elements between two batches of prefetches: layer norm (8192, 4096) takes 0.85 of its time with 256
-SHORT = 2048  # rows of up to so many elements
-SHORT_STRIDE = 256  # in theirs: layer norm (32768, 1024) takes 0.95 of its time with 64
 ROWS = 8  # of columns whose sums stay in registers
 PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
@@ -156,33 +153,24 @@ def sums(x, pivot, mask, before):
 def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, after, past, y):
     """y = after(((u * power - mean) * scale + low) * w + b + residual), in the type of scale.
 
-    `ahead` is a row that will be read soon. `past` is None, or y goes past the caches (see `put`).
+    `ahead` is a row of that size which will be read soon, or empty. `past` is None, or y goes past the caches (`put`).
     """
     widest_vectors()
-    stride = stride_of(x, ahead)
-    for begin in range(0, x.size, stride):
-        end = min(begin + stride, x.size)
-        fetch(ahead, begin, end)
-        for i in range(begin, end):
-            d = times(activate(before, x, at_like(scale, x, i)), power, i) - at_like(scale, mean, i)
-            z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
-            put(past, y, i, keep(mask, i, activate(after, y, z)))
+    whole = x.size // STRIDE * STRIDE if ahead.size else 0
+    for begin in range(0, whole, STRIDE):
+        touch(ahead, begin, STRIDE)
+        for i in range(STRIDE):
+            affine_at(begin + i, x, power, mean, scale, low, w, b, residual, mask, before, after, past, y)
+    for i in range(whole, x.size):
+        affine_at(i, x, power, mean, scale, low, w, b, residual, mask, before, after, past, y)
 
 
 @ROW
-def stride_of(x, ahead):
-    """After how many elements of x part of `ahead` is fetched: all of x at once where there is nothing to fetch, since
-    every piece of a row checks anew which arrays overlap."""
-    if ahead.size == 0:
-        return max(x.size, 1)
-    return STRIDE if x.size > SHORT else SHORT_STRIDE
-
-
-@ROW
-def fetch(row, begin, end):
-    """Ask for the lines of row[begin:end]."""
-    for i in range(begin, min(end, row.size), LINE // row.itemsize):
-        touch(row, i)
+def affine_at(i, x, power, mean, scale, low, w, b, residual, mask, before, after, past, y):
+    """`affine` of one element."""
+    d = times(activate(before, x, at_like(scale, x, i)), power, i) - at_like(scale, mean, i)
+    z = plus(plus(times(plus(d * at_like(scale, scale, i), low, i), w, i), b, i), residual, i)
+    put(past, y, i, keep(mask, i, activate(after, y, z)))
 
 
 @PLAIN
@@ -260,18 +248,28 @@ def backward_affine(
     """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t; `past` and rows ahead as for
     `affine`."""
     widest_vectors()
-    stride = stride_of(x, x_ahead)
-    for begin in range(0, x.size, stride):
-        end = min(begin + stride, x.size)
-        fetch(dy_ahead, begin, end)
-        fetch(x_ahead, begin, end)
-        for i in range(begin, end):
-            g, v = at_like(scale, dy, i), at_like(scale, x, i)
-            d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
-            store(dz, i, t)
-            du = times(t * at_like(scale, gain, i), w, i) + (d * at_like(scale, k2, i) + at_like(scale, k1, i))
-            du = times(du, lift, i) * slope(before, x, v)
-            put(past, dx, i, plus(keep(mask, i, du), addend, i))
+    whole = x.size // STRIDE * STRIDE if x_ahead.size else 0
+    factors = power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, past
+    for begin in range(0, whole, STRIDE):
+        touch(dy_ahead, begin, STRIDE)
+        touch(x_ahead, begin, STRIDE)
+        for i in range(STRIDE):
+            backward_affine_at(begin + i, dy, x, *factors, dx)
+    for i in range(whole, x.size):
+        backward_affine_at(i, dy, x, *factors, dx)
+
+
+@ROW
+def backward_affine_at(
+    i, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, past, dx
+):
+    """`backward_affine` of one element."""
+    g, v = at_like(scale, dy, i), at_like(scale, x, i)
+    d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+    store(dz, i, t)
+    du = times(t * at_like(scale, gain, i), w, i) + (d * at_like(scale, k2, i) + at_like(scale, k1, i))
+    du = times(du, lift, i) * slope(before, x, v)
+    put(past, dx, i, plus(keep(mask, i, du), addend, i))
 
 
 # ---- rows of what may be None ----------------------------------------------------------------------------------------
