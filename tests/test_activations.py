@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import expit, ndtr
 
 import nbnorm
 from nbnorm.backend import ACTIVATIONS
@@ -80,6 +81,68 @@ def test_relative_accuracy_far_out(axis: int, dtype: str, activation: str, backe
     if activation == "gelu_tanh":  # its exponent reaches 180, and so many times its rounding error
         precision *= 30
     np.testing.assert_allclose(y, exact, rtol=precision, atol=1e-37)
+
+
+# What the Numba backend computes in float32, and its slope, in float64: (value, slope, sum of the slope's terms).
+SLOPE_OF_INNER = 2 * math.sqrt(2 / math.pi)
+
+
+def product(z: Any, s: Any, slope: Any) -> tuple[Any, Any, Any]:
+    """Of z * s(z)."""
+    term = np.where(slope == 0, 0, z * slope)
+    return z * s, s + term, s + np.abs(term)
+
+
+def wide(activation: str, z: Any) -> tuple[Any, Any, Any]:
+    if activation == "gelu":
+        return product(z, ndtr(z), np.exp(-z * z / 2) / math.sqrt(2 * math.pi))
+    if activation == "gelu_tanh":
+        u, rate = SLOPE_OF_INNER * (z + 0.044715 * z**3), SLOPE_OF_INNER * (1 + 3 * 0.044715 * z * z)
+        return product(z, expit(u), rate * expit(u) * expit(-u))
+    inner = expit(z) * expit(-z)
+    if activation == "silu":
+        return product(z, expit(z), inner)
+    if activation == "sigmoid":
+        return expit(z), inner, inner
+    slope = 4 * expit(2 * z) * expit(-2 * z)
+    return np.tanh(z), slope, slope
+
+
+# In units of 2^-24 of the value, and of the terms of the slope. The exponent of gelu_tanh reaches 88, as its rounding
+# errors do.
+UNITS = {"silu": (4, 7), "gelu": (8, 10), "gelu_tanh": (250, 250), "sigmoid": (4, 7), "tanh": (4, 7)}
+
+
+@pytest.mark.parametrize("activation", UNITS)
+def test_units_in_float32(activation: str, backend: str) -> None:
+    """A million of the finite float32, of each exponent and sign, and more where functions bend."""
+    if backend != "numba":
+        pytest.skip("others compute in float64")
+    numba = pytest.importorskip("numba")
+    from nbnorm_backends.numba_cpu.activations import TAGS, activate, slope
+
+    @numba.njit(fastmath={"contract"})
+    def both(tag: Any, x: Any, y: Any, d: Any) -> None:
+        for i in range(x.size):
+            y[i] = activate(tag, x, x[i])
+            d[i] = slope(tag, x, x[i])
+
+    x = np.arange(0, 2**32, 4001, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([x[np.isfinite(x)], np.linspace(-100, 100, 500_001, dtype=np.float32)])
+    found = np.empty((2, x.size), np.float32)
+    both(TAGS[activation], x, *found)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        value, rate, terms = wide(activation, x.astype(float))
+    floor = 2.0**-118  # exponentials below float32's normal numbers count as 0
+    for got, exact, size, units in zip(found, (value, rate), (np.abs(value), terms), UNITS[activation], strict=True):
+        assert (np.abs(got - exact) <= units * 2.0**-24 * size + floor).all()
+    special = np.array([np.nan, np.inf, 0.0, 1e-45, -1e-39], np.float32)
+    found = np.empty((2, special.size), np.float32)
+    both(TAGS[activation], special, *found)
+    at_zero = {"sigmoid": (0.5, 0.25), "tanh": (0.0, 1.0)}.get(activation, (0.0, 0.5))
+    assert np.isnan(found[:, 0]).all()
+    assert found[0, 1] == (1.0 if activation in ("sigmoid", "tanh") else np.inf)
+    np.testing.assert_allclose(found[:, 2:], np.broadcast_to(np.array(at_zero)[:, None], (2, 3)), atol=2e-39)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
