@@ -1,8 +1,8 @@
 """Activations and their slopes inside a kernel's loop, as straight-line arithmetic that LLVM turns into vectors.
 
 Calls of libm would keep a loop scalar, so exp, tanh and erf are written out here: in float32 for float32 and half
-types, with the errors that docs/numerics.md lists, and in float64 for float64. An activation reaches a kernel as a tag whose
-Numba type is the activation's name: each is compiled into the loop that uses it, and the identity costs nothing.
+types, with the errors that docs/numerics.md lists, and in float64 for float64. An activation reaches a kernel as a tag
+whose Numba type is the activation's name: each is compiled into the loop that uses it, and the identity costs nothing.
 """
 
 from __future__ import annotations

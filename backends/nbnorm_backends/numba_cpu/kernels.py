@@ -73,7 +73,7 @@ def EXACT(function):
 STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
-STRIDE = 64  # elements between two batches of prefetches: layer norm (8192, 4096) takes 0.85 of its time with 256
+STRIDE = 64  # elements between two batches of prefetches, a loop of known length: see docs/design_choices.md
 ROWS = 8  # of columns whose sums stay in registers
 PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
@@ -558,6 +558,7 @@ def runs_forward(
     lies the chunk that this thread is likely to do next, which is fetched to the cache meanwhile; 0 for none. With
     `stream` y, whose runs are whole cache lines, goes past the caches.
     """
+    widest_vectors()
     x, y, w, b, stats = borrowed(x), borrowed(y), borrowed(w), borrowed(b), borrowed(stats)
     residual, mask = borrowed(residual), borrowed(mask)
     source, addend, total = borrowed(source), borrowed(addend), borrowed(total)
