@@ -50,6 +50,9 @@ class Real:
     def __mul__(self, other: Any) -> Real:
         return self._join("fmul", self.value, self.of(other))
 
+    def __neg__(self) -> Real:
+        return Real(self.builder, self.builder.fneg(self.value))
+
     def __rtruediv__(self, other: Any) -> Real:
         return self._join("fdiv", self.of(other), self.value)
 
@@ -230,7 +233,7 @@ def _square(x: Real) -> tuple[Real, Real]:
     """x * x as (high, low): rounding it would cost exp(-x * x / 2) up to x * x / 2 units in the last place."""
     if fuses_multiply_add():
         high = x * x
-        return high, x.fused(x, 0.0 - high)
+        return high, x.fused(x, -high)
     cleared = -(1 << _constants(x).low_bits)
     head = x.bits(lambda word, of: x.builder.and_(word, of(cleared)))
     return head * head, (x + head) * (x - head)  # the first is exact: half of the bits are 0
@@ -239,7 +242,7 @@ def _square(x: Real) -> tuple[Real, Real]:
 def _exp_minus(x: Real) -> Real:
     """exp(-x) for any x, rounded to 0 and infinity a little early."""
     lowest = _constants(x).lowest
-    return _exp(Real(x.builder, x.builder.fneg(_clamped(x, lowest - LN2, -lowest).value)))
+    return _exp(-_clamped(x, lowest - LN2, -lowest))
 
 
 def _sigmoid(x: Real) -> Real:
