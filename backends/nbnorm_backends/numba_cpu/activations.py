@@ -167,7 +167,7 @@ def _polynomial(x: Real, square: Real, coefficients: tuple[float, ...]) -> Real:
     pairs: list[Any] = [x * d + c for c, d in zip(coefficients[::2], coefficients[1::2], strict=False)]
     if len(coefficients) % 2:
         pairs.append(coefficients[-1])
-    total = pairs.pop()
+    total: Real = pairs.pop()
     while pairs:
         total = square * total + pairs.pop()
     return total
