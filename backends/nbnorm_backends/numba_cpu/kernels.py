@@ -675,6 +675,14 @@ def flush_row(partial, total):
         partial[i] = 0.0
 
 
+@ROW
+def clear(share):
+    for k in range(share.shape[0]):
+        for j in range(share.shape[1]):
+            for m in range(share.shape[2]):
+                share[k, j, m] = 0.0
+
+
 @optional(lambda partial, total: None)
 def flush(partial, total):
     """`flush_row` for every row of (r or 1, g, c, s)."""
@@ -722,8 +730,8 @@ def runs_backward(
     dz, unless dx is empty, while dy and x are in the cache. `leap` and `stream` as for `runs_forward`.
 
     Where dx is empty the sums are what is asked for, and so in float64. dw, db (chunks, r or 1, g, c), with rows of s
-    where weight and bias have them, or one share in place of `chunks` where each group is met once. The sums over the
-    group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are `fixed`.
+    where weight and bias have them; one share of zeros in place of `chunks` where each group is met once. The sums over
+    the group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are `fixed`.
     """
     dy, x, w, b, dx = borrowed(dy), borrowed(x), borrowed(w), borrowed(b), borrowed(dx)
     residual, mask, addend, dz = borrowed(residual), borrowed(mask), borrowed(addend), borrowed(dz)
@@ -731,6 +739,9 @@ def runs_backward(
     n, r, g, c, size = x.shape
     constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
+    if dw.shape[0] > 1:
+        clear(dw[share])
+        clear(db[share])
     precise = dx.size == 0
     dw1, db1 = dw[share], db[share]
     dw2, db2 = partial_like(x, dw1), partial_like(x, db1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import cuts, kernels, outputs
+from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.options import Joined, Options
 from nbnorm_backends.numba_cpu.pool import Scheduler
@@ -69,7 +69,8 @@ def backward(
         groups = cuts.groups_per_share(x.size, stats.shape[1], w.size)
     chunks = cuts.parts(stats.shape[1], groups)
     shares = 0 if param_shape is None else 1 if once else chunks
-    grads = np.zeros((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
+    size = 2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)
+    grads = np.empty(size) if shares > 1 else np.zeros(size)
     found = (
         groups,
         leap_of(scheduler, x, 3),
@@ -89,7 +90,9 @@ def backward(
     scheduler.run(kernels.runs_backward, chunks, args, parallel=x.size > TUNING.serial)
     if param_shape is None:
         return None, None
-    dweight, dbias = (_five_axes(grad.sum(axis=0), x, param_shape) for grad in grads)
+    sums = np.empty((2, 1, w.size))
+    merging.merge_shares(grads.reshape(2, 1, shares, -1), sums)
+    dweight, dbias = (_five_axes(grad.reshape(w.shape), x, param_shape) for grad in sums)
     return dweight, dbias
 
 
