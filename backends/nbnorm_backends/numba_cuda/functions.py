@@ -239,10 +239,11 @@ def make_merge(cuda, P):
                 slots[3 * i + 1] = low
                 slots[3 * i + 2] = m2
             cuda.syncthreads()
-            i = turn * warps
-            n, high, low, m2 = counts[i], slots[3 * i], slots[3 * i + 1], slots[3 * i + 2]
-            for i in range(turn * warps + 1, turn * warps + warps):
-                n, high, low, m2 = merge(n, high, low, m2, counts[i], slots[3 * i], slots[3 * i + 1], slots[3 * i + 2])
+            n = 0
+            if thread & (WARP - 1) < warps:
+                i = turn * warps + (thread & (WARP - 1))
+                n, high, low, m2 = counts[i], slots[3 * i], slots[3 * i + 1], slots[3 * i + 2]
+            n, high, low, m2 = merge_warp(n, high, low, m2)
         return n, high, low, m2
 
     return merge, merge_block

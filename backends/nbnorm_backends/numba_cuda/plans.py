@@ -290,7 +290,7 @@ def _statistics(norm: Norm) -> Launch:
     if s == 1 and r > 1:
         tiling = _tiling(norm)
         args |= {"rows": r, "channels": c, **tiling.args, **norm.mask_strides("nrgc")}
-        return Launch(Variant("columns_statistics", norm.kind, tiling.vector), tiling.grid, BLOCK, args)
+        return Launch(Variant("columns_statistics", norm.kind, tiling.vector), tiling.grid, tiling.block, args)
     length = c * s
     vector = norm.vector(length)
     items = r * norm.vectors(length, vector)
@@ -339,7 +339,7 @@ def _columns(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Launch:
     if flags & functions.ALONG:  # the rows are samples
         shape = norm.mask or (1,) * 5
         args["mask_r"] = norm.mask_strides("n")["mask_n"] if shape[0] > 1 else 0
-    return Launch(Variant(f"columns_{name}", norm.kind, tiling.vector), tiling.grid, BLOCK, args)
+    return Launch(Variant(f"columns_{name}", norm.kind, tiling.vector), tiling.grid, tiling.block, args)
 
 
 def _common(norm: Norm, flags: int) -> dict[str, Any]:
@@ -356,6 +356,7 @@ class Tiling(NamedTuple):
     tiles: int
     slabs: int
     grid: int
+    block: int
 
     @property
     def args(self) -> dict[str, int]:
@@ -368,8 +369,9 @@ def _tiling(norm: Norm) -> Tiling:
     vectors = norm.vectors(g * c, vector)
     width = min(WARP, _power(vectors))
     tiles = _ceil(vectors, width)
-    slabs = _split(norm.blocks, n * tiles, r, BLOCK // width * 4)
-    return Tiling(vector, width, tiles, slabs, n * slabs * tiles)
+    lines = min(BLOCK // width, _power(r))
+    slabs = _split(norm.blocks, n * tiles, r, lines * 4)
+    return Tiling(vector, width, tiles, slabs, n * slabs * tiles, max(WARP, lines * width))
 
 
 def _sums(norm: Norm) -> Iterable[Launch]:
