@@ -436,11 +436,11 @@ def test_same_bits_in_any_order_cuda(name: str) -> None:
     results = []
     for seed in range(4):
         run = run_of(NAMED[name], x, weight, bias, seed=seed)
-        run = run._replace(norm=replace(run.norm, multiprocessors=4))
+        run = run._replace(norm=replace(run.norm, multiprocessors=8))
         found = run.forward()
         results.append({**found, **run.backward(dy, found)})
     grids = [launch.grid for plan in (plans.forward(run.norm), plans.backward(run.norm)) for launch in plan.launches]
-    assert max(grids) > 2
+    assert max(grids) > 1
     for other in results[1:]:
         for key, value in results[0].items():
             if not key.startswith(("part_", "counters")):
@@ -459,7 +459,7 @@ def test_arrays_may_begin_anywhere_cuda(name: str, dtype: str) -> None:
     found = simulated.execute(plans.forward(run.norm), {**run.inputs, **given}, element=x.dtype)
     exact = oracle.norm(case.op.__name__, x, weight, bias, EPS, dy, **case.oracle)
     assert forward(run.back(found["y"]), exact) <= 1
-    with pytest.raises(simulator.SimulatorError, match="16 bytes"):
+    with pytest.raises(simulator.SimulatorError, match="misaligned vector"):
         simulated.execute(plans.forward(aligned.norm), {**run.inputs, **given}, element=x.dtype)
 
 

@@ -15,6 +15,7 @@ from nbnorm_backends.numba_cuda.functions import (
     ALONG,
     BIAS,
     CENTER,
+    FEW,
     FIXED,
     MASK,
     RESIDUAL,
@@ -28,6 +29,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_merge,
     make_settle,
     make_statistic,
+    make_two_sum,
     real_of,
 )
 
@@ -56,7 +58,7 @@ def _make_place(cuda, P):
 def make_columns_statistics(cuda, P, vector):
     """Tiles of rows by Chan's merge in registers, then the block's rows, then its slabs: the last block of a tile merges
     them, or of a sample where groups have several columns."""
-    real, fdiv = real_of(P), P.fdiv
+    real, fdiv, two_sum = real_of(P), P.fdiv, make_two_sum(P)
     access = make_access(P, vector)
     V, load = access.V, access.load
     unroll = 4
@@ -118,6 +120,8 @@ def make_columns_statistics(cuda, P, vector):
                     d = mean - low[e]
                     low[e] += d * share
                     squares[e] += s + d * d * weight
+                    if n[e] < FEW:
+                        high[e], low[e] = two_sum(high[e], low[e])
                 else:
                     for u in range(unroll):
                         squares[e] += q[u * V + e] * q[u * V + e]
@@ -143,6 +147,8 @@ def make_columns_statistics(cuda, P, vector):
                         d = (q[e] - high[e]) - low[e]
                         low[e] += fdiv(d, real(n[e]))
                         squares[e] += d * ((q[e] - high[e]) - low[e])
+                        if n[e] <= FEW:
+                            high[e], low[e] = two_sum(high[e], low[e])
                     else:
                         squares[e] += q[e] * q[e]
             row += step

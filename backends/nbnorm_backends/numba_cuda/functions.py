@@ -249,12 +249,28 @@ def make_merge(cuda, P):
     return merge, merge_block
 
 
+def make_two_sum(P):
+    """two_sum(a, b): the nearest number to a + b, and what that leaves (Knuth)."""
+
+    @P.dev
+    def two_sum(a, b):
+        total = a + b
+        part = total - a
+        return total, (a - (total - part)) + (b - part)
+
+    return two_sum
+
+
+FEW = 8  # values of a thread; until then `high` follows the mean, for the digits of a large `low` would be lost
+
+
 def make_absorb(P, size):
     """Take `size` values into (count, high, low, m2): their own mean and sum of squares, then Chan's merge.
 
-    absorb(values, n, high, low, m2, flags) takes all of them, absorb_kept(values, keep, and so on) those where keep is 1.
+    absorb(values, n, high, low, m2, flags) takes all of them, absorb_kept(values, keep, and so on) those where keep is
+    not 0.
     """
-    real, fdiv = real_of(P), P.fdiv
+    real, fdiv, two_sum = real_of(P), P.fdiv, make_two_sum(P)
     zero, share_of_one, whole = real(0), real(1 / size), real(size)
 
     @P.dev
@@ -275,6 +291,8 @@ def make_absorb(P, size):
             distance = mean - low
             low += distance * share
             m2 += squares + distance * distance * (before * share)
+            if n < FEW:
+                high, low = two_sum(high, low)
         else:
             for e in range(size):
                 m2 += values[e] * values[e]
@@ -291,6 +309,8 @@ def make_absorb(P, size):
                     d = (values[e] - high) - low
                     low += fdiv(d, real(n))
                     m2 += d * ((values[e] - high) - low)
+                    if n <= FEW:
+                        high, low = two_sum(high, low)
                 else:
                     m2 += values[e] * values[e]
         return n, high, low, m2
@@ -302,7 +322,7 @@ def make_settle(P):
     """settle(i, n, high, low, m2, mean_high, mean_low, rstd, sums, valid, eps, write): the reciprocal standard deviation,
     0 where nothing was counted; written with the rest where `write` says, the mean as the nearest number and what that
     leaves."""
-    real, rsqrt, fdiv = real_of(P), P.rsqrt, P.fdiv
+    real, rsqrt, fdiv, two_sum = real_of(P), P.rsqrt, P.fdiv, make_two_sum(P)
 
     @P.dev
     def settle(i, n, high, low, m2, mean_high, mean_low, rstd, sums, valid, eps, write):
@@ -310,9 +330,7 @@ def make_settle(P):
         if n > 0:
             scale = rsqrt(fdiv(m2, real(n)) + eps)
         if write:
-            mean = high + low
-            mean_high[i] = mean
-            mean_low[i] = low - (mean - high)
+            mean_high[i], mean_low[i] = two_sum(high, low)
             rstd[i] = scale
             sums[i] = m2
             valid[i] = n

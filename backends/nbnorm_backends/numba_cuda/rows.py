@@ -26,6 +26,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_merge,
     make_settle,
     make_sums,
+    make_two_sum,
     real_of,
 )
 
@@ -99,7 +100,7 @@ def _make_finish(cuda, P, vector, threads):
 
 def make_row_forward(cuda, P, vector, threads, elements, block):
     """Statistics by a corrected two-pass about the row's first element, in registers, then the result."""
-    real, rsqrt, fdiv, load_one = real_of(P), P.rsqrt, P.fdiv, P.ld1
+    real, rsqrt, fdiv, load_one, two_sum = real_of(P), P.rsqrt, P.fdiv, P.ld1, make_two_sum(P)
     access = make_access(P, vector)
     V, load, store, load_weights = access.V, access.load, access.store, access.load_weights
     rounds = P.V == 8  # the stored total is rounded, and it is what the norm is of
@@ -207,9 +208,7 @@ def make_row_forward(cuda, P, vector, threads, elements, block):
                         weight_wide, bias_wide, x, y, vectors, groups, channels, inner, 0, 0, 0, 0, flags, 0, after,
                     )  # fmt: skip
                 if lane == 0:
-                    mean = high + low
-                    mean_high[row] = mean
-                    mean_low[row] = low - (mean - high)
+                    mean_high[row], mean_low[row] = two_sum(high, low)
                     rstd[row] = scale
                     m2[row] = squares
             first += cuda.gridDim.x * rows_per_block
@@ -225,7 +224,7 @@ def make_long_row_forward(cuda, P, vector, threads, elements, block):
     activate, _ = make_activations(P)
     absorb, absorb_kept = make_absorb(P, V)
     _, merge_block = make_merge(cuda, P)
-    settle = make_settle(P)
+    settle, two_sum = make_settle(P), make_two_sum(P)
     finish = _make_finish(cuda, P, vector, threads)
     rows_per_block, warps = block // threads, threads // WARP
     counts_size, slots_size = 2 * warps, 6 * warps
@@ -276,6 +275,7 @@ def make_long_row_forward(cuda, P, vector, threads, elements, block):
                 k += threads
             n, high, low, squares = merge_block(n, high, low, squares, counts, slots, turn, warps)
             turn = 1 - turn
+            high, low = two_sum(high, low)
             if here:
                 scale = settle(row, n, high, low, squares, mean_high, mean_low, rstd, m2, valid, eps, lane == 0)
                 finish(
