@@ -16,7 +16,7 @@ import nbnorm
 import oracle
 import test_options as options
 from bounds import backward, forward, multiple
-from cases import Norm, batch, data, dtype_of, group, has_bias, instance, layer, over
+from cases import Norm, batch, data, group, has_bias, instance, layer
 from nbnorm import layout
 from nbnorm.backend import ACTIVATIONS, ORDERS
 from nbnorm.engine import view_like, view_mask, view_param
@@ -155,7 +155,9 @@ def check(case: Norm, dtype: str, x: Any, weight: Any, bias: Any, dy: Any, *, bo
     grads = grads_of(run, run.backward(dy, found))
     if weight is not None:
         shape = exact.dweight.shape
-        grads = grads._replace(weight=grads.weight.reshape(shape), bias=None if bias is None else grads.bias.reshape(shape))
+        grads = grads._replace(
+            weight=grads.weight.reshape(shape), bias=None if bias is None else grads.bias.reshape(shape)
+        )
     else:
         grads = grads._replace(weight=None, bias=None)
     assert backward(grads, exact) <= bound
@@ -246,7 +248,9 @@ def test_options_cuda(case: Norm, activation: str | None, order: str, mask_name:
     placed = layout.logical_plan(axes)
     five = None
     if mask is not None:
-        five = view_mask(np.array(mask).reshape((1,) * (len(case.shape) - np.ndim(mask)) + np.shape(mask)), axes, placed)
+        five = view_mask(
+            np.array(mask).reshape((1,) * (len(case.shape) - np.ndim(mask)) + np.shape(mask)), axes, placed
+        )
     keys: dict[str, Any] = {"activation": activation, "order": order, "eps": 1e-2, "residual": residual}
     keys["mask"] = None if five is None else five.shape
     run = run_of(case, hidden["x"], arrays["weight"], arrays.get("bias"), **keys)
@@ -349,7 +353,7 @@ FAR = ["layer, a warp", "layer, odd", "batch NCHW, vectors", "batch NHWC, tall",
 def test_an_offset_costs_no_digits_cuda(name: str) -> None:
     """At offset 1e6 with a standard deviation of 1: what docs/numerics.md allows at every offset."""
     case = NAMED[name]
-    x, weight, bias, dy = params_of(case, "float32")
+    _, weight, bias, dy = params_of(case, "float32")
     far = (np.random.default_rng(9).normal(size=case.shape) + 1e6).astype(np.float32)
     check(case, "float32", far, weight, bias, dy, bound=1)
     run = run_of(case, far, None, None)
@@ -424,9 +428,15 @@ def test_a_batch_that_is_not_finite_is_skipped_cuda(name: str, value: float) -> 
     np.testing.assert_array_equal(var, 1)
 
 
-# ---- how work is cut, and where arrays begin ---------------------------------------------------------------------------
+# ---- how work is cut, and where arrays begin -------------------------------------------------------------------------
 
-CUT = ["layer, two blocks of sums", "layer, a block", "batch NCHW, large planes", "batch NHWC, tall", "group NHWC, vectors"]
+CUT = [
+    "layer, two blocks of sums",
+    "layer, a block",
+    "batch NCHW, large planes",
+    "batch NHWC, tall",
+    "group NHWC, vectors",
+]
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -496,7 +506,13 @@ def test_every_family_is_run_cuda() -> None:
 def test_plans_launch_what_is_listed_cuda() -> None:
     known = set(launch.variants())
     for kind in launch.KINDS:
-        for sizes in ((64, 1, 1, 4096, 1), (8, 1, 32, 8, 196), (1, 32, 64, 1, 3136), (1, 6272, 64, 1, 1), (2, 49, 8, 4, 1)):
+        for sizes in (
+            (64, 1, 1, 4096, 1),
+            (8, 1, 32, 8, 196),
+            (1, 32, 64, 1, 3136),
+            (1, 6272, 64, 1, 1),
+            (2, 49, 8, 4, 1),
+        ):
             for keys in ({}, {"aligned": False}, {"activation": "gelu", "order": "act_norm"}):
                 norm = plans.Norm(kind, layout.Layout(*sizes), weight=True, bias=True, **keys)
                 for plan in (plans.forward(norm), plans.backward(norm), plans.statistics(norm)):

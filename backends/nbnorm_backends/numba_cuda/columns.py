@@ -56,8 +56,8 @@ def _make_place(cuda, P):
 
 
 def make_columns_statistics(cuda, P, vector):
-    """Tiles of rows by Chan's merge in registers, then the block's rows, then its slabs: the last block of a tile merges
-    them, or of a sample where groups have several columns."""
+    """Tiles of rows by Chan's merge in registers, then the block's rows, then its slabs: the last block of a tile
+    merges them, or of a sample where groups have several columns."""
     real, fdiv, two_sum = real_of(P), P.fdiv, make_two_sum(P)
     access = make_access(P, vector)
     V, load = access.V, access.load

@@ -129,7 +129,7 @@ def make_activations(P):
     """
     real = real_of(P)
     exp, erf, fdiv = P.exp, P.erf, P.fdiv
-    zero, half, one, two, four = (real(number) for number in (0, 0.5, 1, 2, 4))
+    zero, half, one, two, three = (real(number) for number in (0, 0.5, 1, 2, 3))
     leak, root_half, density = real(LEAK), real(np.sqrt(0.5)), real(1 / np.sqrt(2 * np.pi))
     # The tanh of gelu_tanh (Hendrycks and Gimpel, 2016) as a sigmoid, which does not cancel.
     linear, cubic = real(np.sqrt(8 / np.pi)), real(np.sqrt(8 / np.pi) * 0.044715)
@@ -155,7 +155,7 @@ def make_activations(P):
     @P.dev
     def activate(code, z):
         result = z
-        if code == RELU or code == LEAKY:
+        if 0 < code <= LEAKY:
             if z <= zero:
                 result = z * leak if code == LEAKY else zero
         elif code == GELU:
@@ -170,7 +170,7 @@ def make_activations(P):
     @P.dev
     def slope(code, z):
         result = one
-        if code == RELU or code == LEAKY:
+        if 0 < code <= LEAKY:
             if not z > zero:
                 result = leak if code == LEAKY else zero
         elif code == GELU:
@@ -181,7 +181,7 @@ def make_activations(P):
             flat = s * (one - s)
             result = zero
             if flat != zero:  # far out the other factor may be infinite
-                result = factor(code, z) * flat * (a + (two + one) * b * (z * z))
+                result = factor(code, z) * flat * (a + three * b * (z * z))
             if code != SIGMOID and code != TANH:
                 result += s
         return result
@@ -227,8 +227,8 @@ def make_merge(cuda, P):
 
     @P.dev
     def merge_block(n, high, low, m2, counts, slots, turn, warps):
-        """Every thread of the block gets the result. `counts` is shared, of 2 * warps int64, `slots` of 6 * warps reals;
-        `turn` is 0 and 1 in turns, so that one barrier is enough."""
+        """Every thread of the block gets the result. `counts` is shared, of 2 * warps int64, `slots` of 6 * warps
+        reals; `turn` is 0 and 1 in turns, so that one barrier is enough."""
         n, high, low, m2 = merge_warp(n, high, low, m2)
         if warps > 1:
             thread = cuda.threadIdx.x
@@ -319,9 +319,9 @@ def make_absorb(P, size):
 
 
 def make_settle(P):
-    """settle(i, n, high, low, m2, mean_high, mean_low, rstd, sums, valid, eps, write): the reciprocal standard deviation,
-    0 where nothing was counted; written with the rest where `write` says, the mean as the nearest number and what that
-    leaves."""
+    """settle(i, n, high, low, m2, mean_high, mean_low, rstd, sums, valid, eps, write): the reciprocal standard
+    deviation, 0 where nothing was counted; written with the rest where `write` says, the mean as the nearest number and
+    what that leaves."""
     real, rsqrt, fdiv, two_sum = real_of(P), P.rsqrt, P.fdiv, make_two_sum(P)
 
     @P.dev
@@ -340,8 +340,8 @@ def make_settle(P):
 
 
 def make_arrive(cuda, P):
-    """arrive(counters, i, expected, flag): whether this block is the last of `expected` that arrive at the i-th counter,
-    which then is 0 again. What the others wrote before is visible to it. `flag` is shared, of one int32."""
+    """arrive(counters, i, expected, flag): whether this block is the last of `expected` that arrive at the i-th
+    counter, which then is 0 again. What the others wrote before is visible to it. `flag` is shared, of one int32."""
     add = getattr(P, "atomic_add", cuda.atomic.add)  # Numba's own takes arrays, no pointers
 
     @P.dev

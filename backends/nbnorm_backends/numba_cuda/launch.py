@@ -1,4 +1,4 @@
-"""What can be launched: a finite list of kernels, the sizes that choose among them, and how they are compiled.
+"""What can be launched: a finite list of kernels, the sizes that choose among them, and what each may take.
 
 Row lengths, eps and the rest are run-time arguments. A variant is a family, an element type, and 16-byte or scalar
 access; those of rows also have a size class.
@@ -6,8 +6,6 @@ access; those of rows also have a size class.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,7 +39,7 @@ ROWS_OF_DOUBLES = {
     "row_forward": (RowClass(8, 8, 128), RowClass(32, 16, 128), RowClass(128, 16, 128), RowClass(512, 16, 512)),
     "row_backward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)),
 }
-# Rows of any length, which are read twice: a warp has some dozen loads for 1024 elements, a block fewer.
+# Rows of any length, which are read twice.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
 BLOCK = 256  # threads of a block of all other kernels, at most
 
@@ -104,7 +102,7 @@ def row_classes(family: str, kind: str) -> tuple[RowClass | None, ...]:
 def has(family: str, kind: str, vector: bool) -> bool:
     """Whether a family is compiled for this element type and access. Rows with scalar access are long rows: 32 scalar
     loads and their conditions took 234 registers."""
-    if vector and family in SCALAR_ONLY or not vector and family == "row_forward":
+    if (vector and family in SCALAR_ONLY) or (not vector and family == "row_forward"):
         return False
     return kind in ("float32", "float64") or family not in REAL_ONLY
 
@@ -122,9 +120,57 @@ def variants() -> tuple[Variant, ...]:
     )
 
 
-# ---- compilation -----------------------------------------------------------------------------------------------------
+# ---- budgets ---------------------------------------------------------------------------------------------------------
 
-# Arguments by name: what a pointer points to, "element" being x's type and "real" the one that is computed in.
+CAPABILITIES = (8, 0), (9, 0)  # what is compiled for: A100 and H100; later ones of one major number run the same code
+
+
+class Budget(NamedTuple):
+    """What a compiled variant may take, and must have: registers at most; 128-bit loads and stores, and shuffles, at
+    least. Rows in registers have the loads and stores for each vector of a thread. Spills, stack and local memory are
+    never allowed, float64 instructions only where elements are float64."""
+
+    registers: int
+    loads: int = 0
+    stores: int = 0
+    shuffles: int = 0
+    float64: bool = False
+
+
+# Registers as sm_80 and sm_90 took them, and a few more.
+BUDGETS = {
+    "row_forward": Budget(168, 3, 1, 9),
+    "long_row_forward": Budget(96, 4, 2, 30),
+    "row_backward": Budget(168, 3, 1, 6),
+    "planes_statistics": Budget(128, 5, 0, 30),
+    "planes_apply": Budget(64, 2, 1),
+    "planes_sums": Budget(112, 3, 0, 10),
+    "planes_backward": Budget(96, 4, 2),
+    "columns_statistics": Budget(144, 5, 0, 30),
+    "columns_apply": Budget(128, 2, 1),
+    "columns_sums": Budget(168, 3, 0),
+    "columns_backward": Budget(168, 4, 2),
+    "finish_gradient": Budget(64, 0, 0, 10),
+    "sum_columns": Budget(64),
+    "commit": Budget(80),
+}
+VECTOR_BYTES = 16
+ITEM_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+
+def budget_of(variant: Variant) -> Budget:
+    budget = BUDGETS[variant.family]
+    if not variant.vector:
+        budget = budget._replace(loads=0, stores=0)
+    elif variant.rows is not None and variant.rows.elements:
+        vectors = variant.rows.elements * ITEM_SIZES[variant.kind] // VECTOR_BYTES
+        budget = budget._replace(loads=budget.loads * vectors, stores=budget.stores * vectors)
+    return budget._replace(float64=variant.kind == "float64")
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+# By name: what a pointer points to, "element" being x's type and "real" the one that is computed in.
 POINTERS = {
     **dict.fromkeys(("x", "residual", "addend", "weight", "bias", "total", "y", "dy", "dx", "dz"), "element"),
     **dict.fromkeys(("weight_wide", "bias_wide", "mean_high", "mean_low", "rstd", "m2"), "real"),
@@ -135,65 +181,3 @@ POINTERS = {
 }
 REALS = ("eps", "momentum")
 FLAGS = ("flags", "before", "after")  # int32; all other numbers are int64
-
-
-def signature(kernel: Callable[..., None], kind: str) -> Any:
-    """Numba's types of a kernel's arguments, from their names."""
-    from numba.cuda import types
-
-    from nbnorm_backends.numba_cuda.primitives import ELEMENTS, real_type
-
-    named = {"element": ELEMENTS[kind], "real": real_type(kind), "int32": types.int32, "uint8": types.uint8}
-
-    def of(name: str) -> Any:
-        if name in POINTERS:
-            return types.CPointer(named[POINTERS[name]])
-        return named["real"] if name in REALS else types.int32 if name in FLAGS else types.int64
-
-    return types.void(*map(of, inspect.signature(kernel).parameters))
-
-
-class Compiled(NamedTuple):
-    """A kernel's machine code, the name of its entry, and what the assembler told of it."""
-
-    cubin: bytes
-    entry: str
-    log: str
-
-
-def compile_variant(variant: Variant, capability: tuple[int, int]) -> Compiled:
-    """Machine code for a compute capability such as (9, 0); needs no GPU and no driver."""
-    from numba import cuda
-
-    from nbnorm_backends.numba_cuda.primitives import primitives
-
-    kernel = variant.make(cuda, lru_cache(primitives)(variant.kind))
-    ptx, _ = cuda.compile_ptx(
-        kernel, signature(kernel, variant.kind), cc=capability, launch_bounds=variant.block
-    )
-    entry = re.search(r"\.visible \.entry (\S+)\(", ptx)
-    assert entry is not None, ptx[:2000]
-    cubin, log = assemble(ptx.encode(), "sm_{}{}".format(*capability))
-    return Compiled(cubin, entry[1], log)
-
-
-def assemble(ptx: bytes, architecture: str) -> tuple[bytes, str]:
-    """(cubin, log of the assembler)"""
-    from cuda.bindings import nvjitlink
-
-    options = [f"-arch={architecture}", "-verbose", "-Xptxas=-v"]
-    handle = nvjitlink.create(len(options), options)
-    try:
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, ptx, len(ptx), "kernel.ptx")
-        nvjitlink.complete(handle)
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, cubin)
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
-    except nvjitlink.nvJitLinkError as error:
-        log = bytearray(nvjitlink.get_error_log_size(handle))
-        nvjitlink.get_error_log(handle, log)
-        raise RuntimeError(f"{error}: {log.decode(errors='replace')}") from error
-    finally:
-        nvjitlink.destroy(handle)
-    return bytes(cubin), log.decode(errors="replace").strip("\0")

@@ -1,7 +1,8 @@
-"""Statistics over runs of neighbours that lie apart: batch norm where channels come first, and the gradients of group and
-instance norm there.
+"""Statistics over runs of neighbours that lie apart: batch norm where channels come first, and the gradients of group
+and instance norm there.
 
-x is (samples, runs, groups, channels, inner): a statistic for each sample and group, a weight for each group and channel.
+x is (samples, runs, groups, channels, inner): a statistic for each sample and group, a weight for each group and
+channel.
 A thread takes every so many-th vector, so that a warp reads neighbours.
 """
 
@@ -137,8 +138,8 @@ def make_planes_statistics(cuda, P, vector):
 
 
 def _make_unit(cuda, P):
-    """unit(...): which plane a thread works on. A block has several where planes are small, a plane several blocks where
-    they are large. In reverse, what the statistics were taken of last is in the cache, and comes first."""
+    """unit(...): which plane a thread works on. A block has several where planes are small, a plane several blocks
+    where they are large. In reverse, what the statistics were taken of last is in the cache, and comes first."""
 
     @P.dev
     def unit(units, splits, width, runs, groups, channels, flags):

@@ -1,6 +1,6 @@
-"""Which kernels a norm launches, in which order, with which grids, buffers and arguments. Runs on the host, needs no GPU.
+"""Which kernels a norm launches, in which order, with which grids, buffers and arguments; needs no GPU.
 
-A plan depends on shapes, not on data: it can be kept, executed by a simulator or launched, and captured in a CUDA graph.
+A plan depends on shapes, not on data: it can be kept, run by the simulator or launched, and captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from typing import Any, NamedTuple
 
 from nbnorm.backend import Epilogue
 from nbnorm.layout import Layout
-from nbnorm_backends.numba_cuda import columns, functions, planes, totals
-from nbnorm_backends.numba_cuda.launch import BLOCK, LONG_ROWS, RowClass, Variant, row_classes
+from nbnorm_backends.numba_cuda import functions, planes, totals
+from nbnorm_backends.numba_cuda.launch import BLOCK, ITEM_SIZES, LONG_ROWS, VECTOR_BYTES, RowClass, Variant, row_classes
 
 WARP = functions.WARP
-VECTOR_BYTES = 16
 BLOCKS_PER_MULTIPROCESSOR = 4  # of 256 threads: with 64 registers each, what fits
 ROWS_PER_MULTIPROCESSOR = {"row_forward": 8, "long_row_forward": 8, "row_backward": 2}  # blocks that go from row to row
 SHORT_ROWS = 1024  # a warp has longer ones in 8 rounds or more, and a block in fewer
 FEW_ROWS = 64  # of fewer and longer ones than 2^16 elements each is split between blocks
-ITEM_SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 class Buffer(NamedTuple):
@@ -98,7 +96,7 @@ class Norm:
             functions.CENTER: self.center,
             functions.WEIGHT: self.weight,
             functions.BIAS: self.bias,
-            functions.WIDE: self.wide and ITEM_SIZE[self.kind] == 2,
+            functions.WIDE: self.wide and ITEM_SIZES[self.kind] == 2,
             functions.RESIDUAL: self.residual and not self.total,
             functions.TOTAL: self.total,
             functions.MASK: self.mask is not None,
@@ -115,11 +113,11 @@ class Norm:
 
     def vector(self, *lengths: int) -> bool:
         """Whether 16 bytes at a time do, where runs have these lengths."""
-        size = VECTOR_BYTES // ITEM_SIZE[self.kind]
+        size = VECTOR_BYTES // ITEM_SIZES[self.kind]
         return self.aligned and all(length % size == 0 for length in lengths)
 
     def vectors(self, length: int, vector: bool) -> int:
-        return length * ITEM_SIZE[self.kind] // VECTOR_BYTES if vector else length
+        return length * ITEM_SIZES[self.kind] // VECTOR_BYTES if vector else length
 
     @property
     def blocks(self) -> int:
@@ -135,9 +133,9 @@ class Norm:
             stride *= size
         return {f"mask_{axis}": found[axis] for axis in axes}
 
-    def inputs(self, *names: str) -> dict[str, str | None]:
+    def inputs(self, *names: str) -> dict[str, Any]:
         """The pointers of these names, None where the norm has no such array."""
-        wide = self.wide and ITEM_SIZE[self.kind] == 2
+        wide = self.wide and ITEM_SIZES[self.kind] == 2
         absent = {
             "weight": not self.weight or wide,
             "bias": not self.bias or wide,
@@ -207,7 +205,7 @@ def backward(norm: Norm) -> Plan:
 
 
 def commit(kind: str, samples: int, channels: int, count: int, momentum: float, *, masked: bool = False) -> Plan:
-    """running_mean and running_var, in the type that is computed in, from mean_high, m2 and valid of (samples, channels)."""
+    """running_mean and running_var, in the type that is computed in, from mean_high, m2 and valid (samples, channels)."""
     args: dict[str, Any] = {name: name for name in ("mean_high", "m2", "running_mean", "running_var")}
     args |= {"valid": "valid" if masked else None, "samples": samples, "channels": channels, "count": count}
     args |= {"momentum": momentum, "flags": functions.MASK if masked else 0}
@@ -220,7 +218,7 @@ def commit(kind: str, samples: int, channels: int, count: int, momentum: float, 
 def _as_rows(norm: Norm) -> Norm:
     """One weight or none for each element of a run: c stands for the run."""
     n, r, g, c, s = norm.layout
-    if c > 1 or s == 1 or norm.weighted and g > 1 or norm.weighted and s > 1:
+    if c > 1 or s == 1 or (norm.weighted and g > 1) or (norm.weighted and s > 1):
         return norm
     mask = norm.mask and (*norm.mask[:3], norm.mask[4], 1)
     return replace(norm, layout=Layout(n, r, g, s, 1), mask=mask)
@@ -378,8 +376,8 @@ def _sums(norm: Norm) -> Iterable[Launch]:
     n, _, g, c, _ = norm.layout
     launch = _columns_sums(norm) if _in_columns(norm) else _planes_sums(norm)
     splits = launch.args["slabs"] if _in_columns(norm) else launch.args["splits"]
-    keys = {"statistics": not norm.fixed, "weights": norm.weighted, "groups": g}
-    return launch, _finish(norm, splits, samples=n, columns=c, **keys)
+    finish = _finish(norm, splits, samples=n, columns=c, groups=g, statistics=not norm.fixed, weights=norm.weighted)
+    return launch, finish
 
 
 def _columns_sums(norm: Norm, flags: int = 0) -> Launch:
@@ -401,7 +399,14 @@ def _planes_sums(norm: Norm, flags: int = 0) -> Launch:
 
 
 def _finish(
-    norm: Norm, splits: int, *, samples: int, columns: int, groups: int = 1, statistics: bool = True, weights: bool = True
+    norm: Norm,
+    splits: int,
+    *,
+    samples: int,
+    columns: int,
+    groups: int = 1,
+    statistics: bool = True,
+    weights: bool = True,
 ) -> Launch:
     """k1 and k2, and dweight and dbias where they are wanted, from sums for `columns` columns of each group."""
     first = 0 if statistics else samples * groups
@@ -466,7 +471,7 @@ def _ceil(a: int, b: int) -> int:
 
 def _power(number: int) -> int:
     """The next power of two."""
-    return 1 << (number - 1).bit_length()
+    return 1 if number < 2 else 2 * _power(_ceil(number, 2))
 
 
 def _real(kind: str) -> str:

@@ -88,7 +88,7 @@ def primitives(kind: str) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values = [builder.load(_slot(context, builder, array, args[2], args[3], i)) for i in range(size)]
             if half:
-                values = [_encode_pair(builder, *values[i : i + 2], kind) for i in range(0, size, 2)]
+                values = [_encode_pair(builder, values[i], values[i + 1], kind) for i in range(0, size, 2)]
             packed = ir.Constant(vector, ir.Undefined)
             for i, value in enumerate(values):
                 packed = builder.insert_element(packed, value, I32(i))
@@ -129,7 +129,14 @@ def primitives(kind: str) -> Any:
         return types.int32(pointer, types.intp, types.int32), generate
 
     return SimpleNamespace(
-        atomic_add=atomic_add, V=size, ld=ld, st=st, ld1=ld1, st1=st1, dev=cuda.jit(device=True, inline="always"), **_functions(double)
+        atomic_add=atomic_add,
+        V=size,
+        ld=ld,
+        st=st,
+        ld1=ld1,
+        st1=st1,
+        dev=cuda.jit(device=True, inline="always"),
+        **_functions(double),
     )
 
 
@@ -138,7 +145,7 @@ def _functions(double: bool) -> dict[str, Any]:
     if double:
         names = "rsqrt", "exp", "tanh", "erf", "fma", "sqrt", "fmax", "fmin"
 
-        def fdiv(a, b):
+        def fdiv(a: Any, b: Any) -> Any:
             return a / b
 
         division = cuda.jit(device=True, inline="always")(fdiv)

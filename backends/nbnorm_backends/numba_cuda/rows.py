@@ -1,8 +1,8 @@
 """Rows of neighbours, each with a statistic of its own: layer and RMS norm, and group and instance norm where channels
 come first. One read, one write, as long as a row stays in registers or in the cache.
 
-x is (rows, length); `threads` threads of a block of `block` have a row, `elements` each in registers. Blocks go from row
-to row, so that weights are loaded once.
+x is (rows, length); `threads` threads of a block of `block` have a row, `elements` each in registers. Blocks go from
+row to row, so that weights are loaded once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nbnorm_backends.numba_cuda.functions import (
 
 
 def _make_finish(cuda, P, vector, threads):
-    """finish(row, ...): the result of a row whose statistics are known, from memory: it was just read, and lies in a cache.
+    """finish(row, ...): the result of a row whose statistics are known, from memory: it was just read, and is cached.
 
     Activations in loops that are unrolled over registers would make kernels of ten times the size.
     """

@@ -50,4 +50,6 @@ def _factory(variant: Variant) -> tuple[Any, list[str]]:
     def factory(cuda: Any) -> Any:
         return variant.make(cuda, P)
 
-    return factory, list(inspect.signature(factory(simulator.Cuda(simulator.Index(1, 1), simulator.Index(1, 1)))).parameters)
+    return factory, list(
+        inspect.signature(factory(simulator.Cuda(simulator.Index(1, 1), simulator.Index(1, 1)))).parameters
+    )

@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbnorm_backends.numba_cuda.functions import ALL_LANES, CENTER, FIXED, MASK, WARP, WEIGHT, WIDE, make_access, real_of
+from nbnorm_backends.numba_cuda.functions import (
+    ALL_LANES,
+    MASK,
+    WARP,
+    WEIGHT,
+    make_access,
+    real_of,
+)
 
 LINES = 8  # rows of a block of sum_columns
 
 
 def make_finish_gradient(cuda, P, vector):
-    """k1 = sum(w * dz) / count and k2 = sum(w * dz * xhat) / count of each statistic, dweight and dbias of each channel,
-    from partial sums (samples, groups, channels, splits): a warp for each result, always in one order."""
+    """k1 = sum(w * dz) / count and k2 = sum(w * dz * xhat) / count of each statistic, dweight and dbias of each
+    channel, from partial sums (samples, groups, channels, splits): a warp for each result, always in one order."""
     real, fdiv = real_of(P), P.fdiv
     weight_at = make_access(P, False).weight
     zero, one = real(0), real(1)
