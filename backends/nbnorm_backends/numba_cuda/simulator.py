@@ -1,12 +1,12 @@
 """Runs CUDA kernels thread by thread and checks them: a GPU's stand-in for tests and for `gpu_check --dry`.
 
 A kernel is made by a factory that is given the `cuda` module and the primitives P of an element type; here they are
-`Cuda` and `primitives`. Every thread is a greenlet and runs until it meets a barrier, a shuffle or an atomic; which warp
-of which block goes on then is drawn from the seed.
+`Cuda` and `primitives`. Every thread is a greenlet and runs until it meets a barrier, a shuffle or an atomic; which
+warp of which block goes on then is drawn from the seed.
 
-Integers are Python's, since Numba computes them in 64 bits; one that its buffer cannot hold is an error. Real numbers are
-NumPy scalars, which round at every step. A constant like 0.5 is float64 in Numba, and makes float64 of what it meets;
-NumPy would hide that, so it must stand in a call of its own: `float32(0.5)`.
+Integers are Python's, since Numba computes them in 64 bits; one that its buffer cannot hold is an error. Real numbers
+are NumPy scalars, which round at every step. A constant like 0.5 is float64 in Numba, and makes float64 of what it
+meets; NumPy would hide that, so it must stand in a call of its own: `float32(0.5)`.
 
 **Order of memory.** An epoch is what lies between two barriers of a block. An access is ordered before another if
 
@@ -17,13 +17,14 @@ NumPy would hide that, so it must stand in a call of its own: `float32(0.5)`.
   atomic on the same element, that before a `threadfence`, and that before the other access. Here "before" is within a
   thread or over a barrier, and between the atomics as it happened. So the last block may merge what all have written.
 
-Two accesses to one element that are not ordered, of which one writes and not both are atomics, are a race. Nothing needs
-to go wrong for that, so one seed finds nearly all.
+Two accesses to one element that are not ordered, of which one writes and not both are atomics, are a race. Nothing
+needs to go wrong for that, so one seed finds nearly all.
 
-**Found**, with kernel, block, thread, line, and address or barrier: races in shared and global memory; reads of what was
-never written, in shared and local memory and in arrays made by `empty`; access out of bounds; vectors that do not lie on
-16 bytes; barriers and shuffles that a thread or lane misses, or meets elsewhere or with another argument; deadlock, as a
-thread that reads the same elements for ever; real numbers that a store would round, and float64 constants.
+**Found**, with kernel, block, thread, line, and address or barrier: races in shared and global memory; reads of what
+was never written, in shared and local memory and in arrays made by `empty`; access out of bounds; vectors that do not
+lie on 16 bytes; barriers and shuffles that a thread or lane misses, or meets elsewhere or with another argument;
+deadlock, as a thread that reads the same elements for ever; real numbers that a store would round, and float64
+constants.
 
 **Not found**: endless loops that read no memory; an integer that meets a float32, which makes float64 in Numba (the
 compile check counts such instructions); one region of an array overrunning into the next; the errors of a device's
