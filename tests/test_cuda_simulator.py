@@ -280,7 +280,60 @@ def no_barrier_before_the_atomic(cuda, wrong):
             cuda.threadfence()
             if old == 2:
                 for i in range(96):
+                    if i // 32 != cuda.blockIdx.x:
+                        x[0] = y[i]  # here
+
+    return kernel
+
+
+@planted(AFTER_BLOCK, r"block \d thread 1", 3, 32)
+def fence_between_barriers(cuda, wrong):
+    """By any one thread: after the barrier that follows the writes, and before the one that precedes the atomic."""
+
+    def kernel(x, y, count):
+        t = cuda.threadIdx.x
+        y[cuda.blockIdx.x * 32 + t] = x[t]
+        if not wrong:
+            cuda.syncthreads()
+        if t == 0:
+            cuda.threadfence()
+        cuda.syncthreads()
+        if t == 1:
+            old = cuda.atomic.add(count, 0, 1)
+            cuda.threadfence()
+            if old == 2:
+                for i in range(96):
                     x[0] = y[i]  # here
+
+    return kernel
+
+
+@planted(AFTER_BLOCK, r"block \d thread \d+", 2, 32)
+def shuffles_tell_nothing_of_other_blocks(cuda, wrong):
+    def kernel(x, y, count):
+        t, old = cuda.threadIdx.x, 0
+        if t == 0:
+            y[cuda.blockIdx.x] = x[0]
+            cuda.threadfence()
+            old = cuda.atomic.add(count, 0, 1)
+        if not wrong:
+            cuda.syncwarp()
+        old = cuda.shfl_sync(ALL, old, 0)
+        cuda.threadfence()
+        if old == 1:
+            x[t] = y[1 - cuda.blockIdx.x]  # here
+
+    return kernel
+
+
+@planted(r"race: unordered after a (write|read) by block 0 thread \d, a (read|write) of x\[(4:8|6)\]", block=32)
+def element_of_a_vector(cuda, wrong):
+    def kernel(x, y, count):
+        r = cuda.local.array(4, f32)
+        if cuda.threadIdx.x == 0:
+            P.st1(x, 6 if wrong else 8, f32(1))  # or here
+        if cuda.threadIdx.x == 1:
+            P.ld(x, 1, r, 0)  # here
 
     return kernel
 
@@ -469,6 +522,48 @@ def test_blocks_that_wait_for_each_other_run_where_all_are_resident() -> None:
         launch(make, 8, 1, (empty(8, f32), np.zeros(1, np.int32)))
 
 
+@pytest.mark.parametrize("fenced", [True, False])
+def test_what_a_block_has_acquired_it_releases_too(fenced: bool) -> None:
+    def make(cuda):
+        def kernel(y, flags):
+            b = cuda.blockIdx.x
+            if b == 0:
+                y[0] = f32(1)
+            else:
+                while cuda.atomic.add(flags, b - 1, 0) == 0:
+                    pass
+            if fenced or b != 1:
+                cuda.threadfence()
+            if b == 2:
+                y[1] = y[0]
+            cuda.atomic.add(flags, b, 1)
+
+        return kernel
+
+    y = empty(2, f32)
+    if fenced:
+        launch(make, 3, 1, (y, np.zeros(3, np.int32)), resident=True)
+        assert y[1] == 1
+    else:
+        with pytest.raises(
+            SimulatorError, match=r"race: unordered after a write by block 0 thread 0, a read of y\[0\]"
+        ):
+            launch(make, 3, 1, (y, np.zeros(3, np.int32)), resident=True)
+
+
+def test_reading_the_same_again_is_no_deadlock_while_barriers_are_met() -> None:
+    def make(cuda):
+        def kernel(x, y):
+            for _ in range(4):
+                for _ in range(simulator.PATIENCE // 2):
+                    y[0] = x[0]
+                cuda.syncthreads()
+
+        return kernel
+
+    launch(make, 1, 1, (np.ones(1, f32), empty(1, f32)))
+
+
 def make_reduction(cuda, P, steps):
     """Sums over a block, by shuffles and then over warps in shared memory: sums[block] and squares, in two turns."""
     real = np.float64 if P.V == 2 else f32
@@ -541,6 +636,7 @@ def test_seeds_draw_the_order_of_blocks_and_warps() -> None:
     assert order_of(3, False) == one_by_one[3]
     assert len(set(one_by_one)) == 8
     assert all(len({warp // 4 for warp in order[:4]}) == 1 for order in one_by_one)
+    assert len({order[0] // 4 for order in one_by_one}) > 1
     assert any(len({warp // 4 for warp in order_of(seed, True)[:4]}) > 1 for seed in range(8))
 
 
@@ -566,23 +662,19 @@ def test_half_types_are_decoded_and_encoded_as_by_their_own_library(kind: str) -
     words = np.arange(2**16, dtype=np.uint16)
     values = words.view(DTYPES[kind])
     decoded = simulator.decode(words, kind)
-    np.testing.assert_array_equal(
-        decoded.view(np.uint32)[~np.isnan(values)], values.astype(f32).view(np.uint32)[~np.isnan(values)]
-    )
-    assert np.array_equal(np.isnan(decoded), np.isnan(values))
+    number = ~np.isnan(decoded)
+    assert np.array_equal(np.isnan(values.astype(f32)), ~number)
+    assert decoded[number].tobytes() == values[number].astype(f32).tobytes()
 
-    ordinary = decoded[~np.isnan(decoded)]
-    steps = np.nextafter(ordinary, f32(np.inf)), np.nextafter(ordinary, f32(-np.inf))
-    between = np.sort(ordinary[np.isfinite(ordinary)])
-    middles = ((between[1:].astype("f8") + between[:-1]) / 2).astype(f32)  # ties
-    random = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32).view(f32)
+    finite = np.sort(decoded[np.isfinite(decoded)])
+    middles = ((finite[1:].astype("f8") + finite[:-1]) / 2).astype(f32)  # ties
+    drawn = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32).view(f32)
+    xs = np.concatenate([decoded, middles, np.nextafter(middles, f32(9e9)), np.nextafter(middles, f32(-9e9)), drawn])
     with np.errstate(over="ignore", invalid="ignore"):
-        for x in (decoded, *steps, middles, np.nextafter(middles, f32(9e9)), np.nextafter(middles, f32(-9e9)), random):
-            expected = x.astype(DTYPES[kind])
-            got = simulator.encode(x, kind).view(DTYPES[kind])
-            assert np.array_equal(np.isnan(got), np.isnan(x))
-            number = ~np.isnan(x)
-            np.testing.assert_array_equal(got.view(np.uint16)[number], expected.view(np.uint16)[number])
+        expected, encoded = xs.astype(DTYPES[kind]), simulator.encode(xs, kind).view(DTYPES[kind])
+    number = ~np.isnan(xs)
+    assert np.array_equal(np.isnan(encoded.astype(f32)), ~number)
+    assert encoded[number].tobytes() == expected[number].tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -166,7 +166,7 @@ class Thread(greenlet):
         self.fenced = -1  # the epoch of its last fence
         self.pending = self.seen = NOTHING  # acquired; acquired and fenced
         self.repeats = 0
-        self.stamp = Stamp(self, 0)
+        self.stamp = Stamp(self)
 
     def pause(self, wait: Wait | None = None) -> Any:
         """Let others run, at least until what it waits for has come; what a shuffle gives."""
@@ -186,9 +186,9 @@ class Thread(greenlet):
 class Stamp:
     """When a thread does something: the same until its next barrier, syncwarp or fence."""
 
-    def __init__(self, thread: Thread, fences: int) -> None:
+    def __init__(self, thread: Thread) -> None:
         self.thread, self.block, self.warp = thread, thread.block, thread.warp
-        self.epoch, self.syncs, self.fences, self.seen = thread.epoch, thread.syncs, fences, thread.seen
+        self.epoch, self.syncs, self.fences, self.seen = thread.epoch, thread.syncs, thread.fences, thread.seen
         self.written = History(self)  # of what is written at this time, and not read since
 
     def follows(self, other: Stamp) -> bool:
@@ -216,7 +216,7 @@ class History:
         self.reader: Stamp | None = None
         self.before: History | None = None
         self.becomes: dict[Stamp, History] = {}
-        self.atomics = NOTHING  # what they released, if atomics wrote last
+        self.atomics = NOTHING  # what they released, if the last access was one
 
     def read(self, now: Stamp) -> History:
         """What this becomes by a read."""
@@ -230,7 +230,7 @@ class History:
             if self.write is not None and not now.follows(self.write):
                 raise Problem(f"race: unordered after a write by {self.write.thread}, a read of")
             after = self.becomes[now] = History(self.write)
-            after.reader, after.before, after.atomics = now, self, self.atomics
+            after.reader, after.before = now, self
         return after
 
     def overwrite(self, now: Stamp) -> History:
@@ -250,10 +250,9 @@ class History:
         thread.repeat()
         if self.fresh:
             raise Problem("uninitialised read of")
-        if self.reader or not self.atomics:
+        if not self.atomics:
             self.overwrite(now)
-        # As if done before the thread's last fence: who acquires what this releases comes after this, too.
-        after = History(Stamp(thread, thread.fences - 1))
+        after = History(now)
         fences = (*block.fences[: thread.number], thread.fences, *block.fences[thread.number + 1 :])
         released = Released(next(block.grid.serials), max(thread.fenced, block.fenced), fences)
         after.atomics = joined(self.atomics, thread.seen, {block: released})
@@ -399,8 +398,8 @@ class Cuda:
         thread = getcurrent()
         thread.fences += 1
         thread.fenced = thread.epoch
-        thread.seen = joined(thread.seen, thread.pending)
-        thread.stamp = Stamp(thread, thread.fences)
+        thread.seen = thread.pending
+        thread.stamp = Stamp(thread)
 
     def _atomic_add(self, pointer: DevicePointer, i: int, value: int) -> Any:
         """Add to an element, and give what it was. Others may come first."""
@@ -521,7 +520,7 @@ def meet(threads: list[Thread], *, epochs: int = 0, syncs: int = 0) -> None:
         if ordered:
             thread.epoch += epochs
             thread.syncs += syncs
-            thread.stamp = Stamp(thread, thread.fences)
+            thread.stamp = Stamp(thread)
 
 
 def launch(
