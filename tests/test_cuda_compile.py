@@ -56,20 +56,21 @@ def test_within_budget_cuda(variant: Variant) -> None:
         assert broken(facts(variant, capability), budget_of(variant)) == [], capability
 
 
-def make_spilling(cuda: Any, P: Any, vector: bool) -> Any:
-    """256 numbers of a thread at the same time, in 255 registers at most."""
+def make_spilling(cuda: Any, P: Any, vector: bool, threads: int, elements: int, block: int) -> Any:
+    """96 numbers of a thread at the same time, where 1024 threads of a block have 64 registers each."""
     ld, st = P.ld, P.st
+    steps = elements // 4
 
     def spilling(x, y, length):  # type: ignore[no-untyped-def]  # compiled
-        r = cuda.local.array(320, np.float32)
-        for j in range(80):
+        r = cuda.local.array(elements, np.float32)
+        for j in range(steps):
             ld(x, j * length, r, j * 4)
         total = np.float32(0)
-        for e in range(320):
-            total += r[e] * r[319 - e]
-        for e in range(320):
-            r[e] = total * r[e]
-        for j in range(80):
+        for e in range(elements):
+            total += r[e]
+        for e in range(elements):
+            r[e] *= total
+        for j in range(steps):
             st(y, j * length, r, j * 4)
 
     return spilling
@@ -79,7 +80,7 @@ def make_spilling(cuda: Any, P: Any, vector: bool) -> Any:
 def test_a_spill_is_found_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(launch.FACTORIES, "spilling", make_spilling)
     monkeypatch.setitem(launch.BUDGETS, "spilling", Budget(255))
-    assert check([Variant("spilling", "float32")], [(9, 0)]) == 1
+    assert check([Variant("spilling", "float32", True, RowClass(1024, 96, 1024))], [(9, 0)]) == 1
     table = capsys.readouterr().out
     assert "spills: " in table
     assert "local: " in table

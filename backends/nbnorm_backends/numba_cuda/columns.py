@@ -267,7 +267,7 @@ def make_columns_sums(cuda, P, vector):
     """The sums of dz * xhat and dz for each sample, column and slab, dz being the gradient of the norm."""
     real = real_of(P)
     access = make_access(P, vector)
-    V, load, weight_at = access.V, access.load, access.weight
+    V, load, load_weights = access.V, access.load, access.load_weights
     cells = BLOCK * V
     activate, _ = make_activations(P)
     gradient, statistic, place = make_gradient(P), make_statistic(P), _make_place(cuda, P)
@@ -287,7 +287,6 @@ def make_columns_sums(cuda, P, vector):
         low = cuda.local.array(V, real)
         scale = cuda.local.array(V, real)
         w = cuda.local.array(V, real)
-        b = cuda.local.array(V, real)
         s1 = cuda.local.array(V, real)
         s2 = cuda.local.array(V, real)
         thread = cuda.threadIdx.x
@@ -302,24 +301,26 @@ def make_columns_sums(cuda, P, vector):
             s1[e] = zero
             s2[e] = zero
             w[e] = one
-            b[e] = zero
-            if k < vectors:
-                column = k * V + e
-                if not flags & ALONG:
-                    i = sample * stride_n + column // channels
-                    high[e], low[e], scale[e] = statistic(i, mean_high, mean_low, rstd, eps, flags)
-                if flags & WEIGHT:
-                    w[e] = weight_at(weight, weight_wide, flags, column)
-                if flags & BIAS:
-                    b[e] = weight_at(bias, bias_wide, flags, column)
+            if k < vectors and not flags & ALONG:
+                i = sample * stride_n + (k * V + e) // channels
+                high[e], low[e], scale[e] = statistic(i, mean_high, mean_low, rstd, eps, flags)
         while row < rows:
             i = (sample * rows + row) * vectors + k
             load(x, i, q, 0)
             load(dy, i, g, 0)
             for e in range(V):
                 p[e] = zero
-            if flags & RESIDUAL:
-                load(residual, i, p, 0)
+            if after != 0:  # weights are loaded again: registers are few
+                if flags & RESIDUAL:
+                    load(residual, i, p, 0)
+                if flags & BIAS:
+                    load_weights(bias, bias_wide, flags, k, w, 0)
+                    for e in range(V):
+                        p[e] += w[e]
+                for e in range(V):
+                    w[e] = one
+                if flags & WEIGHT:
+                    load_weights(weight, weight_wide, flags, k, w, 0)
             if flags & ALONG:
                 for e in range(V):
                     high[e], low[e], scale[e] = statistic(row, mean_high, mean_low, rstd, eps, flags)
@@ -336,7 +337,7 @@ def make_columns_sums(cuda, P, vector):
                 if before != 0:
                     u = activate(before, u)
                 u = ((u - high[e]) - low[e]) * scale[e]
-                dz = gradient(after, g[e], u, w[e], p[e] + b[e])
+                dz = gradient(after, g[e], u, w[e], p[e])
                 s1[e] += dz
                 s2[e] += dz * u
             row += slabs * lines

@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
 def compile_variant(variant: Variant, capability: tuple[int, int]) -> Compiled:
     """Machine code for a compute capability such as (9, 0); needs no GPU and no driver."""
     kernel = variant.make(cuda, cached_primitives(variant.kind))
-    ptx, _ = cuda.compile_ptx(kernel, signature(kernel, variant.kind), cc=capability, launch_bounds=variant.block)
+    ptx, _ = cuda.compile_ptx(kernel, signature(kernel, variant.kind), cc=capability, launch_bounds=variant.bounds)
     entry = re.search(r"\.visible \.entry (\S+)\(", ptx)
     assert entry is not None, ptx[:2000]
     cubin, log = assemble(ptx.encode(), "sm_{}{}".format(*capability))

@@ -39,6 +39,8 @@ ROWS_OF_DOUBLES = {
     "row_forward": (RowClass(8, 8, 128), RowClass(32, 16, 128), RowClass(128, 16, 128), RowClass(512, 16, 512)),
     "row_backward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)),
 }
+# Gradients by scalar access: of 16 elements the loops were not unrolled, and arrays went to local memory.
+SCALAR_ROWS = RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)
 # Rows of any length, which are read twice.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
 BLOCK = 256  # threads of a block of all other kernels, at most
@@ -59,9 +61,10 @@ class Variant:
         return "_".join(parts if self.rows is None else [*parts, f"{self.rows.threads}x{self.rows.elements}"])
 
     @property
-    def block(self) -> int:
-        """Threads of a block, at most."""
-        return BLOCK if self.rows is None else self.rows.block
+    def bounds(self) -> tuple[int, int]:
+        """Threads of a block at most, and blocks that a multiprocessor must hold: two of 256 threads leave 128 of 65536
+        registers to each. Half types took 150, and so one block, with too few loads under way."""
+        return (BLOCK, 2) if self.rows is None else (self.rows.block, 1)
 
     def make(self, cuda: Any, P: Any) -> Callable[..., None]:
         """The kernel for this cuda module and these primitives."""
@@ -92,10 +95,12 @@ SCALAR_ONLY = ("finish_gradient", "sum_columns", "commit")
 REAL_ONLY = ("sum_columns", "commit")  # they read no elements
 
 
-def row_classes(family: str, kind: str) -> tuple[RowClass | None, ...]:
+def row_classes(family: str, kind: str, vector: bool) -> tuple[RowClass | None, ...]:
     """The size classes of a family, ascending; None stands for a family without."""
     if family == "long_row_forward":
         return LONG_ROWS
+    if family == "row_backward" and not vector:
+        return SCALAR_ROWS
     return (ROWS_OF_DOUBLES if kind == "float64" else ROWS).get(family, NO_CLASSES)
 
 
@@ -116,7 +121,7 @@ def variants() -> tuple[Variant, ...]:
         for kind in KINDS
         for vector in (True, False)
         if has(family, kind, vector)
-        for rows in row_classes(family, kind)
+        for rows in row_classes(family, kind, vector)
     )
 
 
@@ -137,19 +142,18 @@ class Budget(NamedTuple):
     float64: bool = False
 
 
-# Registers as sm_80 and sm_90 took them, and a few more.
 BUDGETS = {
     "row_forward": Budget(168, 3, 1, 9),
     "long_row_forward": Budget(96, 4, 2, 30),
     "row_backward": Budget(168, 3, 1, 6),
     "planes_statistics": Budget(128, 5, 0, 30),
     "planes_apply": Budget(64, 2, 1),
-    "planes_sums": Budget(112, 3, 0, 10),
+    "planes_sums": Budget(128, 3, 0, 10),
     "planes_backward": Budget(96, 4, 2),
-    "columns_statistics": Budget(144, 5, 0, 30),
+    "columns_statistics": Budget(128, 5, 0, 30),
     "columns_apply": Budget(128, 2, 1),
-    "columns_sums": Budget(168, 3, 0),
-    "columns_backward": Budget(168, 4, 2),
+    "columns_sums": Budget(128, 3, 0),
+    "columns_backward": Budget(128, 4, 2),
     "finish_gradient": Budget(64, 0, 0, 10),
     "sum_columns": Budget(64),
     "commit": Budget(80),

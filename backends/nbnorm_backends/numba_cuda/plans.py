@@ -205,7 +205,7 @@ def backward(norm: Norm) -> Plan:
 
 
 def commit(kind: str, samples: int, channels: int, count: int, momentum: float, *, masked: bool = False) -> Plan:
-    """running_mean and running_var, in the type that is computed in, from mean_high, m2 and valid (samples, channels)."""
+    """Update running_mean and running_var, of the type that is computed in, by mean_high, m2 and valid, of all samples."""
     args: dict[str, Any] = {name: name for name in ("mean_high", "m2", "running_mean", "running_var")}
     args |= {"valid": "valid" if masked else None, "samples": samples, "channels": channels, "count": count}
     args |= {"momentum": momentum, "flags": functions.MASK if masked else 0}
@@ -233,7 +233,7 @@ def _rows_forward(norm: Norm) -> Launch | None:
         return None
     per_plane = norm.weighted and (g > 1 or s > 1)
     vector = norm.vector(length, s) if per_plane else norm.vector(length)
-    family, classes = "row_forward", row_classes("row_forward", norm.kind)
+    family, classes = "row_forward", row_classes("row_forward", norm.kind, True)
     chosen = next((each for each in classes if each and length <= each.longest), None)
     if chosen is None or not vector or norm.mask is not None or norm.activations["before"]:
         family, chosen = "long_row_forward", LONG_ROWS[length > SHORT_ROWS]
@@ -251,11 +251,12 @@ def _rows_backward(norm: Norm) -> list[Launch]:
     """Nothing where a row is too long for registers."""
     n, _, g, length, _ = norm.layout
     rows = n * g
-    classes = row_classes("row_backward", norm.kind)
+    vector = norm.vector(length)
+    classes = row_classes("row_backward", norm.kind, vector)
     chosen = next((each for each in classes if each and length <= each.longest), None)
     if chosen is None:
         return []
-    variant = Variant("row_backward", norm.kind, norm.vector(length), chosen)
+    variant = Variant("row_backward", norm.kind, vector, chosen)
     args = norm.inputs("x", "dy", "residual", "addend", *WEIGHTS, *STATISTICS, "dx", "dz", "part_weight", "part_bias")
     args |= {"rows": rows, "length": length, "flags": norm.flags, **norm.activations}
     launch = _row_launch(norm, variant, chosen, rows, args)
@@ -471,7 +472,7 @@ def _ceil(a: int, b: int) -> int:
 
 def _power(number: int) -> int:
     """The next power of two."""
-    return 1 if number < 2 else 2 * _power(_ceil(number, 2))
+    return 1 << max(0, number - 1).bit_length()
 
 
 def _real(kind: str) -> str:

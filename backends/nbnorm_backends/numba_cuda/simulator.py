@@ -1,12 +1,12 @@
 """Runs CUDA kernels thread by thread and checks them: a GPU's stand-in for tests and for `gpu_check --dry`.
 
 A kernel is made by a factory that is given the `cuda` module and the primitives P of an element type; here they are
-`Cuda` and `primitives`. Every thread is a greenlet and runs until it meets a barrier, a shuffle or an atomic; which warp
-of which block goes on then is drawn from the seed.
+`Cuda` and `primitives`. Every thread is a greenlet and runs until it meets a barrier, a shuffle or an atomic; which
+warp of which block goes on then is drawn from the seed.
 
-Numbers are Numba's. Integers are Python's, since Numba computes them in 64 bits; what an integer buffer cannot hold is an
-error. Real numbers are NumPy scalars, which round at every step. A constant like 0.5 is float64 in Numba, and makes
-float64 of what it meets; NumPy would hide that, so it must stand in a call of its own: `float32(0.5)`.
+Integers are Python's, since Numba computes them in 64 bits; one that its buffer cannot hold is an error. Real numbers
+are NumPy scalars, which round at every step. A constant like 0.5 is float64 in Numba, and makes float64 of what it
+meets; NumPy would hide that, so it must stand in a call of its own: `float32(0.5)`.
 
 **Order of memory.** An epoch is what lies between two barriers of a block. An access is ordered before another if
 
@@ -14,19 +14,21 @@ float64 of what it meets; NumPy would hide that, so it must stand in a call of i
 - both threads are of one block, and the other's epoch is later, or
 - both are of one warp, and a `syncwarp` lies between (a shuffle orders nothing), or
 - it is released and the other has acquired it: it comes before a `threadfence`, that before an atomic, that before an
-  atomic on the same cell, that before a `threadfence`, and that before the other access; "before" is within a thread, or
-  over a barrier. So the last block may merge what all have written.
+  atomic on the same element, that before a `threadfence`, and that before the other access. Here "before" is within a
+  thread or over a barrier, and between the atomics as it happened. So the last block may merge what all have written.
 
-Two accesses to one element that are not ordered, of which one writes and not both are atomics, are a race. Nothing needs
-to go wrong for that, so any seed finds what depends on order alone.
+Two accesses to one element that are not ordered, of which one writes and not both are atomics, are a race. Nothing
+needs to go wrong for that, so one seed finds nearly all.
 
-**Found**, with kernel, block, thread, line and address: races in shared and global memory; reads of what was never written,
-in shared and local memory and in arrays made by `empty`; access out of bounds; vectors that do not lie on 16 bytes;
-barriers and shuffles that a thread or lane misses, or meets elsewhere or with another argument; deadlock, as a thread
-that reads the same cells for ever; real numbers that a store would round, and float64 constants.
+**Found**, with kernel, block, thread, line, and address or barrier: races in shared and global memory; reads of what
+was never written, in shared and local memory and in arrays made by `empty`; access out of bounds; vectors that do not
+lie on 16 bytes; barriers and shuffles that a thread or lane misses, or meets elsewhere or with another argument;
+deadlock, as a thread that reads the same elements for ever; real numbers that a store would round, and float64
+constants.
 
-**Not found**: endless loops that read no memory; an integer times a float32, which is float64 in Numba (the compile check
-counts those instructions); the errors of a device's approximate functions; too many registers.
+**Not found**: endless loops that read no memory; an integer that meets a float32, which makes float64 in Numba (the
+compile check counts such instructions); one region of an array overrunning into the next; the errors of a device's
+approximate functions.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from numpy.typing import NDArray
 WARP = 32
 ALL_LANES = 0xFFFFFFFF
 SHARED_BYTES = 48 * 1024  # of static shared memory in a block
-PATIENCE = 50_000  # reads of what a thread has just read, and atomics, until it counts as waiting for ever
+PATIENCE = 20_000  # reads of what a thread has just read, and atomics, until it counts as waiting for ever
 
 
 class SimulatorError(RuntimeError):
@@ -79,7 +81,7 @@ class Fresh(np.ndarray[Any, Any]):
 
 def empty(size: int, dtype: Any) -> Fresh:
     """A flat array that no kernel may read before one has written to it; all its bits are ones (NaN, -1, 255)."""
-    array = np.full(size * np.dtype(dtype).itemsize, 255, np.uint8).view(dtype).view(Fresh)
+    array: Fresh = np.full(size * np.dtype(dtype).itemsize, 255, np.uint8).view(dtype).view(Fresh)
     array.unwritten = np.ones(size, bool)
     return array
 
@@ -128,6 +130,7 @@ class Block:
         self.grid, self.index = grid, index
         self.shared: dict[Any, DevicePointer] = {}
         self.fenced = -1  # the last epoch before this one in which a thread fenced
+        self.fences: tuple[int, ...] = (0,) * math.prod(grid.block)  # of each thread, before this epoch
         self.threads = [Thread(run, self, number, place) for number, place in enumerate(grid.block.all())]
         self.warps = [self.threads[i : i + WARP] for i in range(0, len(self.threads), WARP)]
         self.running = len(self.warps)  # that neither wait for the barrier nor have ended
@@ -163,7 +166,7 @@ class Thread(greenlet):
         self.fenced = -1  # the epoch of its last fence
         self.pending = self.seen = NOTHING  # acquired; acquired and fenced
         self.repeats = 0
-        self.stamp = Stamp(self, 0)
+        self.stamp = Stamp(self)
 
     def pause(self, wait: Wait | None = None) -> Any:
         """Let others run, at least until what it waits for has come; what a shuffle gives."""
@@ -183,9 +186,9 @@ class Thread(greenlet):
 class Stamp:
     """When a thread does something: the same until its next barrier, syncwarp or fence."""
 
-    def __init__(self, thread: Thread, fences: int) -> None:
+    def __init__(self, thread: Thread) -> None:
         self.thread, self.block, self.warp = thread, thread.block, thread.warp
-        self.epoch, self.syncs, self.fences, self.seen = thread.epoch, thread.syncs, fences, thread.seen
+        self.epoch, self.syncs, self.fences, self.seen = thread.epoch, thread.syncs, thread.fences, thread.seen
         self.written = History(self)  # of what is written at this time, and not read since
 
     def follows(self, other: Stamp) -> bool:
@@ -213,7 +216,7 @@ class History:
         self.reader: Stamp | None = None
         self.before: History | None = None
         self.becomes: dict[Stamp, History] = {}
-        self.atomics = NOTHING  # what they released, if atomics wrote last
+        self.atomics = NOTHING  # what they released, if the last access was one
 
     def read(self, now: Stamp) -> History:
         """What this becomes by a read."""
@@ -227,7 +230,7 @@ class History:
             if self.write is not None and not now.follows(self.write):
                 raise Problem(f"race: unordered after a write by {self.write.thread}, a read of")
             after = self.becomes[now] = History(self.write)
-            after.reader, after.before, after.atomics = now, self, self.atomics
+            after.reader, after.before = now, self
         return after
 
     def overwrite(self, now: Stamp) -> History:
@@ -242,16 +245,15 @@ class History:
         return now.written
 
     def add(self, now: Stamp) -> History:
-        """What this becomes by an atomic, which releases what its thread has fenced and acquires what others released."""
+        """What this becomes by an atomic, which releases what its thread has fenced and acquires what others have."""
         thread, block = now.thread, now.block
         thread.repeat()
         if self.fresh:
             raise Problem("uninitialised read of")
-        if self.reader or not self.atomics:
+        if not self.atomics:
             self.overwrite(now)
-        # As if done before the thread's last fence: who acquires what this releases comes after this, too.
-        after = History(Stamp(thread, thread.fences - 1))
-        fences = tuple(each.fences for each in block.threads)
+        after = History(now)
+        fences = (*block.fences[: thread.number], thread.fences, *block.fences[thread.number + 1 :])
         released = Released(next(block.grid.serials), max(thread.fenced, block.fenced), fences)
         after.atomics = joined(self.atomics, thread.seen, {block: released})
         thread.pending = joined(thread.pending, self.atomics)
@@ -374,7 +376,7 @@ class Cuda:
         getcurrent().pause(Wait("syncthreads", site=site()))
 
     def syncwarp(self, mask: int = ALL_LANES) -> None:
-        getcurrent().pause(Wait("syncwarp", mask, site=site()))
+        self._shuffle(Wait("syncwarp", mask, site=site()), None, getcurrent().lane)
 
     def shfl_sync(self, mask: int, value: Any, lane: int) -> Any:
         """The value of a lane, which each may choose."""
@@ -396,8 +398,8 @@ class Cuda:
         thread = getcurrent()
         thread.fences += 1
         thread.fenced = thread.epoch
-        thread.seen = joined(thread.seen, thread.pending)
-        thread.stamp = Stamp(thread, thread.fences)
+        thread.seen = thread.pending
+        thread.stamp = Stamp(thread)
 
     def _atomic_add(self, pointer: DevicePointer, i: int, value: int) -> Any:
         """Add to an element, and give what it was. Others may come first."""
@@ -410,8 +412,9 @@ class Cuda:
 
     def _shared_array(self, size: int, dtype: Any) -> DevicePointer:
         """The array of this line, one for all threads of the block."""
-        shared, key = getcurrent().block.shared, site()
-        if key not in shared:
+        shared: dict[Any, DevicePointer] = getcurrent().block.shared
+        key = site()
+        if key not in shared:  # named as by the line, such as "rows.py:31: slots = cuda.shared.array(...)"
             name = f"shared {line_of(sys._getframe()).partition(' = ')[0].rpartition(' ')[2]}"
             shared[key] = DevicePointer(name, dtype, [None] * size, [History(fresh=True)] * size)
             if sum(len(each.values) * each.dtype.itemsize for each in shared.values()) > SHARED_BYTES:
@@ -477,9 +480,7 @@ class Grid:
             values = {each.lane: each.value for each in lanes}
             for each in lanes:
                 if each.source not in values:
-                    raise error(
-                        f"divergent {wait}: lane {each.source}, of which it asks the value, takes no part", each
-                    )
+                    raise error(f"divergent {wait}: lane {each.source}, whose value it takes, has no part in it", each)
                 each.value = values[each.source]
             meet(lanes, syncs=int(wait.operation == "syncwarp"))
             return True
@@ -492,6 +493,7 @@ class Grid:
             return []
         agree(block.threads, waiting)
         block.fenced = max(thread.fenced for thread in block.threads)
+        block.fences = tuple(thread.fences for thread in block.threads)
         meet(block.threads, epochs=1)
         block.running = len(block.warps)
         return block.warps
@@ -518,7 +520,7 @@ def meet(threads: list[Thread], *, epochs: int = 0, syncs: int = 0) -> None:
         if ordered:
             thread.epoch += epochs
             thread.syncs += syncs
-            thread.stamp = Stamp(thread, thread.fences)
+            thread.stamp = Stamp(thread)
 
 
 def launch(
@@ -556,16 +558,16 @@ def launch(
     TypeError, ValueError
         For an argument that is none of these.
     """
-    sizes = [Index(*size) if isinstance(size, tuple) else Index(size, 1) for size in (grid, block)]
-    if min(*sizes[0], *sizes[1]) < 1 or math.prod(sizes[1]) > 1024:
+    blocks, threads = (Index(*size) if isinstance(size, tuple) else Index(size, 1) for size in (grid, block))
+    if min(*blocks, *threads) < 1 or math.prod(threads) > 1024:
         raise ValueError(f"grid, block: at least 1 and at most 1024 threads a block expected, got {grid}, {block}")
-    kernel = factory(Cuda(*sizes))
+    kernel = factory(Cuda(blocks, threads))
     check_constants(kernel)
     memories: dict[int, tuple[NDArray[Any], DevicePointer]] = {}
     names = inspect.signature(kernel).parameters
     given = [argument(name, value, memories) for name, value in zip(names, args, strict=True)]
     with np.errstate(all="ignore"):
-        Grid(kernel.__name__, *sizes, seed, races).run(functools.partial(kernel, *given), resident)
+        Grid(kernel.__name__, blocks, threads, seed, races).run(functools.partial(kernel, *given), resident)
     for array, memory in memories.values():
         written = np.array([past.write is not None for past in memory.past], bool)
         if written.any():
@@ -599,16 +601,17 @@ def argument(name: str, value: Any, memories: dict[int, tuple[NDArray[Any], Devi
 
 
 def bits_of(array: NDArray[Any]) -> NDArray[Any]:
-    """A flat view of the array as it lies in memory, half types as uint16."""
+    """A flat view of the array as it lies in memory: half types as uint16, bool as uint8."""
     flat = np.asarray(array).reshape(-1)
-    return flat.view(np.uint16) if flat.dtype.itemsize == 2 else flat
+    return flat.view({1: np.uint8, 2: np.uint16}.get(flat.dtype.itemsize, flat.dtype))
 
 
 def check_constants(function: Any) -> None:
     """Refuse a Python float in a kernel's arithmetic, which Numba would do in float64."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     known = {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
-    for this, following in itertools.pairwise(dis.get_instructions(function)):
+    instructions = list(dis.get_instructions(function))
+    for this, following in zip(instructions, [*instructions[1:], instructions[-1]], strict=True):
         named = this.opname in ("LOAD_DEREF", "LOAD_GLOBAL")
         value = known.get(this.argval) if named else this.argval if this.opcode in dis.hasconst else None
         converted = following.opname in ("PRECALL", "CALL") and following.arg == 1
@@ -689,8 +692,8 @@ def primitives(kind: str) -> Any:
     def function(compute: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *values: real(compute(*map(real, values)))
 
-    functions = {"exp": np.exp, "tanh": np.tanh, "sqrt": np.sqrt, "maximum": np.fmax, "minimum": np.fmin}
-    functions |= {"rsqrt": lambda x: 1 / np.sqrt(x), "erf": math.erf}
+    functions: dict[str, Callable[..., Any]] = {"rsqrt": lambda x: 1 / np.sqrt(x), "erf": math.erf}
+    functions |= {"exp": np.exp, "tanh": np.tanh, "sqrt": np.sqrt, "maximum": np.fmax, "minimum": np.fmin}
     return SimpleNamespace(
         V=size, ld=ld, st=st, ld1=ld1, st1=st1, fdiv=fdiv, fma=fma, dev=dev,
         **{name: function(compute) for name, compute in functions.items()},
