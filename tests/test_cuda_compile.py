@@ -35,7 +35,7 @@ def facts(variant: Variant, capability: tuple[int, int]) -> Facts:
 def is_sample(variant: Variant) -> bool:
     """One of each kind of work, for the plain run."""
     return variant in (
-        Variant("row_forward", "bfloat16", True, RowClass(128, 32, 128)),
+        Variant("row_forward", "bfloat16", True, RowClass(128, 16, 128)),
         Variant("planes_statistics", "float32"),
         Variant("columns_backward", "float16"),
         Variant("sum_columns", "float32", vector=False),
@@ -52,7 +52,8 @@ def test_the_samples_are_listed_cuda() -> None:
 @compiles
 @pytest.mark.parametrize("variant", ALL)
 def test_within_budget_cuda(variant: Variant) -> None:
-    for capability in launch.CAPABILITIES:
+    since = 80 if variant.rows is None else variant.rows.since
+    for capability in launch.CAPABILITIES[since > 80 :]:
         assert broken(facts(variant, capability), budget_of(variant)) == [], capability
 
 

@@ -22,28 +22,42 @@ class RowClass(NamedTuple):
     threads: int
     elements: int
     block: int
+    since: int = 80  # the compute capability, times ten, from which on it is launched
 
     @property
     def longest(self) -> int:
         return self.threads * self.elements
 
 
-# Rows in registers. 32 elements a thread keep 8 loads of 16 bytes under way, which is what hides the latency of memory;
-# gradients keep five arrays of a row's elements where results keep three. float64 takes two registers an element. 512
-# threads have 128 registers each; 1024 have 64, and the kernels spilled.
+# Rows in registers, with the weights. The assembler for sm_80 takes more registers of the same PTX, and spilled where
+# sm_90 has enough: of 32 elements a thread, and of gradients where 512 threads share a multiprocessor's registers.
+# float64 takes two registers an element. 1024 threads have 64 registers each, and spilled everywhere.
 ROWS = {
-    "row_forward": (RowClass(8, 16, 128), RowClass(32, 32, 128), RowClass(128, 32, 128), RowClass(512, 32, 512)),
-    "row_backward": (RowClass(8, 16, 128), RowClass(32, 16, 128), RowClass(128, 16, 128), RowClass(512, 16, 512)),
+    "row_forward": (
+        RowClass(8, 16, 128),
+        RowClass(32, 16, 128),
+        RowClass(128, 16, 128),
+        RowClass(512, 16, 512),
+        RowClass(512, 32, 512, since=90),
+    ),
+    "row_backward": (
+        RowClass(8, 16, 128),
+        RowClass(32, 16, 128),
+        RowClass(128, 16, 128),
+        RowClass(256, 16, 256),
+        RowClass(512, 16, 512, since=90),
+    ),
 }
 ROWS_OF_DOUBLES = {
-    "row_forward": (RowClass(8, 8, 128), RowClass(32, 16, 128), RowClass(128, 16, 128), RowClass(512, 16, 512)),
+    "row_forward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(512, 8, 512)),
     "row_backward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)),
 }
 # Gradients by scalar access: of 16 elements the loops were not unrolled, and arrays went to local memory.
-SCALAR_ROWS = RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)
+SCALAR_ROWS = ROWS_OF_DOUBLES["row_backward"]
 # Rows of any length, which are read twice.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
-BLOCK = 256  # threads of a block of all other kernels, at most
+BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
+COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,18 @@ class Variant:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Threads of a block at most, and blocks that a multiprocessor must hold: two of 256 threads leave 128 of 65536
-        registers to each. Half types took 150, and so one block, with too few loads under way."""
-        return (BLOCK, 2) if self.rows is None else (self.rows.block, 1)
+        """Threads of a block at most, and blocks that a multiprocessor must hold, which share its 65536 registers."""
+        if self.rows is None:
+            return COLUMN_SUMS if self.family == "columns_sums" else (BLOCK, 2)
+        return (
+            self.rows.block,
+            3 if self.family == "row_forward" and self.rows.block == 128 and self.kind != "float64" else 1,
+        )
 
     def make(self, cuda: Any, P: Any) -> Callable[..., None]:
         """The kernel for this cuda module and these primitives."""
-        keys = {} if self.rows is None else self.rows._asdict()
-        return FACTORIES[self.family](cuda, P, self.vector, **keys)  # type: ignore[no-any-return]
+        sizes = () if self.rows is None else self.rows[:3]
+        return FACTORIES[self.family](cuda, P, self.vector, *sizes)  # type: ignore[no-any-return]
 
 
 FACTORIES: dict[str, Callable[..., Any]] = {
@@ -145,14 +163,14 @@ class Budget(NamedTuple):
 BUDGETS = {
     "row_forward": Budget(168, 3, 1, 9),
     "long_row_forward": Budget(96, 4, 2, 30),
-    "row_backward": Budget(168, 3, 1, 6),
+    "row_backward": Budget(255, 3, 1, 6),
     "planes_statistics": Budget(128, 5, 0, 30),
     "planes_apply": Budget(64, 2, 1),
     "planes_sums": Budget(128, 3, 0, 10),
     "planes_backward": Budget(96, 4, 2),
     "columns_statistics": Budget(128, 5, 0, 30),
     "columns_apply": Budget(128, 2, 1),
-    "columns_sums": Budget(128, 3, 0),
+    "columns_sums": Budget(168, 3, 0),
     "columns_backward": Budget(128, 4, 2),
     "finish_gradient": Budget(64, 0, 0, 10),
     "sum_columns": Budget(64),
@@ -169,7 +187,9 @@ def budget_of(variant: Variant) -> Budget:
     elif variant.rows is not None and variant.rows.elements:
         vectors = variant.rows.elements * ITEM_SIZES[variant.kind] // VECTOR_BYTES
         budget = budget._replace(loads=budget.loads * vectors, stores=budget.stores * vectors)
-    return budget._replace(float64=variant.kind == "float64")
+    if variant.kind == "float64":
+        budget = budget._replace(float64=True, registers=255 if variant.rows is not None else budget.registers)
+    return budget
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Norm:
     variance: bool = False
     aligned: bool = True
     eps: float = 1e-5
+    capability: int = 90
     multiprocessors: int = 132
 
     @property
@@ -205,7 +206,7 @@ def backward(norm: Norm) -> Plan:
 
 
 def commit(kind: str, samples: int, channels: int, count: int, momentum: float, *, masked: bool = False) -> Plan:
-    """Update running_mean and running_var, of the type that is computed in, by mean_high, m2 and valid, of all samples."""
+    """Update running_mean and running_var, of the type that is computed in, by mean_high, m2 and valid of a batch."""
     args: dict[str, Any] = {name: name for name in ("mean_high", "m2", "running_mean", "running_var")}
     args |= {"valid": "valid" if masked else None, "samples": samples, "channels": channels, "count": count}
     args |= {"momentum": momentum, "flags": functions.MASK if masked else 0}
@@ -233,8 +234,7 @@ def _rows_forward(norm: Norm) -> Launch | None:
         return None
     per_plane = norm.weighted and (g > 1 or s > 1)
     vector = norm.vector(length, s) if per_plane else norm.vector(length)
-    family, classes = "row_forward", row_classes("row_forward", norm.kind, True)
-    chosen = next((each for each in classes if each and length <= each.longest), None)
+    family, chosen = "row_forward", _row_class(norm, "row_forward", length, vector=True)
     if chosen is None or not vector or norm.mask is not None or norm.activations["before"]:
         family, chosen = "long_row_forward", LONG_ROWS[length > SHORT_ROWS]
     variant = Variant(family, norm.kind, vector, chosen)
@@ -252,8 +252,7 @@ def _rows_backward(norm: Norm) -> list[Launch]:
     n, _, g, length, _ = norm.layout
     rows = n * g
     vector = norm.vector(length)
-    classes = row_classes("row_backward", norm.kind, vector)
-    chosen = next((each for each in classes if each and length <= each.longest), None)
+    chosen = _row_class(norm, "row_backward", length, vector)
     if chosen is None:
         return []
     variant = Variant("row_backward", norm.kind, vector, chosen)
@@ -266,6 +265,12 @@ def _rows_backward(norm: Norm) -> list[Launch]:
     args |= {"parts": launch.grid, "length": length}
     sums = Variant("sum_columns", _real(norm.kind), vector=False)
     return [launch, Launch(sums, _ceil(length, WARP), WARP * totals.LINES, args)]
+
+
+def _row_class(norm: Norm, family: str, length: int, vector: bool) -> RowClass | None:
+    """The smallest that holds a row; None where none does."""
+    classes = row_classes(family, norm.kind, vector)
+    return next((each for each in classes if each and length <= each.longest and each.since <= norm.capability), None)
 
 
 def _row_launch(norm: Norm, variant: Variant, chosen: RowClass, rows: int, args: dict[str, Any]) -> Launch:
@@ -287,9 +292,10 @@ def _statistics(norm: Norm) -> Launch:
     args = norm.inputs("x", "mask", *STATISTICS, "m2", "valid", *PARTS, "counters")
     args |= {"groups": g, "eps": norm.eps, "flags": norm.flags, "before": norm.activations["before"]}
     if s == 1 and r > 1:
-        tiling = _tiling(norm)
+        variant = Variant("columns_statistics", norm.kind, norm.vector(g * c))
+        tiling = _tiling(norm, variant)
         args |= {"rows": r, "channels": c, **tiling.args, **norm.mask_strides("nrgc")}
-        return Launch(Variant("columns_statistics", norm.kind, tiling.vector), tiling.grid, tiling.block, args)
+        return Launch(variant, tiling.grid, tiling.block, args)
     length = c * s
     vector = norm.vector(length)
     items = r * norm.vectors(length, vector)
@@ -333,12 +339,13 @@ def _elementwise(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Lau
 
 
 def _columns(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Launch:
-    tiling = _tiling(norm)
+    variant = Variant(f"columns_{name}", norm.kind, norm.vector(norm.layout.g * norm.layout.c))
+    tiling = _tiling(norm, variant)
     args |= _common(norm, flags) | {"rows": norm.layout.r, **tiling.args, **norm.mask_strides("nrgc")}
     if flags & functions.ALONG:  # the rows are samples
         shape = norm.mask or (1,) * 5
         args["mask_r"] = norm.mask_strides("n")["mask_n"] if shape[0] > 1 else 0
-    return Launch(Variant(f"columns_{name}", norm.kind, tiling.vector), tiling.grid, tiling.block, args)
+    return Launch(variant, tiling.grid, tiling.block, args)
 
 
 def _common(norm: Norm, flags: int) -> dict[str, Any]:
@@ -350,7 +357,6 @@ def _common(norm: Norm, flags: int) -> dict[str, Any]:
 class Tiling(NamedTuple):
     """How (rows, columns) are cut."""
 
-    vector: bool
     width: int
     tiles: int
     slabs: int
@@ -362,15 +368,14 @@ class Tiling(NamedTuple):
         return {"slabs": self.slabs, "tiles": self.tiles, "width": self.width}
 
 
-def _tiling(norm: Norm) -> Tiling:
+def _tiling(norm: Norm, variant: Variant) -> Tiling:
     n, r, g, c, _ = norm.layout
-    vector = norm.vector(g * c)
-    vectors = norm.vectors(g * c, vector)
+    vectors = norm.vectors(g * c, variant.vector)
     width = min(WARP, _power(vectors))
     tiles = _ceil(vectors, width)
-    lines = min(BLOCK // width, _power(r))
+    lines = min(variant.bounds[0] // width, _power(r))
     slabs = _split(norm.blocks, n * tiles, r, lines * 4)
-    return Tiling(vector, width, tiles, slabs, n * slabs * tiles, max(WARP, lines * width))
+    return Tiling(width, tiles, slabs, n * slabs * tiles, max(WARP, lines * width))
 
 
 def _sums(norm: Norm) -> Iterable[Launch]:
@@ -472,7 +477,10 @@ def _ceil(a: int, b: int) -> int:
 
 def _power(number: int) -> int:
     """The next power of two."""
-    return 1 << max(0, number - 1).bit_length()
+    power = 1
+    while power < number:
+        power *= 2
+    return power
 
 
 def _real(kind: str) -> str:
