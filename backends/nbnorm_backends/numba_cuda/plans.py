@@ -454,12 +454,12 @@ def _plan(norm: Norm, launches: Iterable[Launch]) -> Plan:
 
 
 def _part_size(launch: Launch) -> int:
-    """Partial results that a launch writes, or reads."""
+    """Partial results that a launch writes."""
     args, family = launch.args, launch.variant.family
-    if family in ("row_backward", "sum_columns"):
-        return launch.grid * args["length"] if family == "row_backward" else 0
+    if family == "row_backward":
+        return int(launch.grid * args["length"])
     if family in ("columns_statistics", "columns_sums"):
-        return launch.grid // args["tiles"] * args["groups"] * args["channels"]
+        return int(launch.grid // args["tiles"] * args["groups"] * args["channels"])
     return launch.grid if family in ("planes_statistics", "planes_sums") else 0
 
 
