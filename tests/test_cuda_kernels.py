@@ -216,6 +216,11 @@ OPTIONS = [
 MASKS = ["no mask", "dense", "lengths", "last axis"]
 
 
+def defined(case: Norm) -> options.Case:
+    """The case as the definitions in test_options take it."""
+    return options.Case(case.name, case.op, case.shape, case.params, {}, case.oracle)
+
+
 def joined() -> list[Any]:
     """Every activation in both orders with and without masks, spread over the norms."""
     found = []
@@ -235,8 +240,7 @@ def joined() -> list[Any]:
 @pytest.mark.parametrize(("case", "activation", "order", "mask_name", "residual"), joined())
 def test_options_cuda(case: Norm, activation: str | None, order: str, mask_name: str, residual: bool) -> None:
     """Against a forward from the definitions, and its central differences; what the mask hides is NaN and infinite."""
-    defined = options.Case(case.name, case.op, case.shape, case.params, {}, case.oracle)
-    arrays = {name: a.astype(np.float32) for name, a in options.inputs(defined).items()}
+    arrays = {name: a.astype(np.float32) for name, a in options.inputs(defined(case)).items()}
     if not residual:
         del arrays["residual"]
     mask = options.masks(case.shape)[mask_name]
@@ -263,7 +267,7 @@ def test_options_cuda(case: Norm, activation: str | None, order: str, mask_name:
 
     found = run.forward()
     y = run.back(found["y"])
-    expected = options.reference(defined, *(arrays.get(name) for name in names), **reference).astype(float)
+    expected = options.reference(defined(case), *(arrays.get(name) for name in names), **reference).astype(float)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=2e-6)
     assert not y[~valid].any()
 
@@ -273,7 +277,7 @@ def test_options_cuda(case: Norm, activation: str | None, order: str, mask_name:
         grads["residual"] = run.back(made["dz"])
     counted = np.where(valid, dy, 0).astype(oracle.Wide)
     for name, value in arrays.items():
-        numeric = differences(defined, arrays, name, counted, reference)
+        numeric = differences(defined(case), arrays, name, counted, reference)
         found_grad = grads[name].reshape(value.shape)
         np.testing.assert_allclose(found_grad, numeric, rtol=2e-5, atol=2e-5, err_msg=name)
         if value.shape == case.shape:
@@ -344,6 +348,31 @@ def test_given_statistics_cuda(case: Norm, variance: bool) -> None:
     exact = oracle.norm("batch_norm", x, weight, bias, EPS, dy, fixed=(mean, var), **case.oracle)
     assert forward(run.back(found["y"]), exact) <= 1
     assert backward(grads_of(run, run.backward(dy, found, **given)), exact) <= 1
+
+
+@pytest.mark.parametrize("name", ["layer", "layer, vectors", "group NCHW, vectors", "group NHWC, vectors"])
+def test_statistics_of_each_sample_may_be_given_cuda(name: str) -> None:
+    case = NAMED[name]
+    x, weight, bias, dy = params_of(case, "float32")
+    own = run_of(case, x, weight, bias)
+    exact = oracle.norm(case.op.__name__, x, weight, bias, EPS, dy, **case.oracle)
+    found = own.forward()
+    given = {key: found[key] for key in ("mean_high", "mean_low", "rstd")}
+    run = run_of(case, x, weight, bias, fixed=True)
+    assert forward(run.back(run.forward(**given)["y"]), exact) <= 1
+    made = run.backward(dy, found)
+    expected = dy * options.spread(defined(case), weight, x) * scales(case, x)
+    np.testing.assert_allclose(run.back(made["dx"]), expected.astype(float), rtol=1e-5, atol=1e-6)
+    for key, total in (("dweight", exact.dweight), ("dbias", exact.dbias)):
+        np.testing.assert_allclose(made[key], total.reshape(-1).astype(float), rtol=1e-5, atol=1e-5)
+
+
+def scales(case: Norm, x: Any) -> Any:
+    """1 / sqrt(var + eps) for each element of x."""
+    found = np.empty(x.shape)
+    for _, index in oracle.slices(x, case.op.__name__, **case.oracle):
+        found[index] = 1 / np.sqrt(x[index].astype(float).var() + EPS)
+    return found
 
 
 FAR = ["layer, a warp", "layer, odd", "batch NCHW, vectors", "batch NHWC, tall", "group NHWC, vectors", "instance NCHW"]

@@ -31,7 +31,7 @@ class RowClass(NamedTuple):
 
 # Rows in registers, with the weights. The assembler for sm_80 takes more registers of the same PTX, and spilled where
 # sm_90 has enough: of 32 elements a thread, and of gradients where 512 threads share a multiprocessor's registers.
-# float64 takes two registers an element. 1024 threads have 64 registers each, and spilled everywhere.
+# float64 takes two registers an element. 1024 threads have 64 registers each, and spilled on sm_90.
 ROWS = {
     "row_forward": (
         RowClass(8, 16, 128),

@@ -343,8 +343,7 @@ def _columns(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Launch:
     tiling = _tiling(norm, variant)
     args |= _common(norm, flags) | {"rows": norm.layout.r, **tiling.args, **norm.mask_strides("nrgc")}
     if flags & functions.ALONG:  # the rows are samples
-        shape = norm.mask or (1,) * 5
-        args["mask_r"] = norm.mask_strides("n")["mask_n"] if shape[0] > 1 else 0
+        args["mask_r"] = args["mask_n"]
     return Launch(variant, tiling.grid, tiling.block, args)
 
 
