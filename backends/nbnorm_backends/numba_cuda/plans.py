@@ -16,7 +16,7 @@ from nbnorm_backends.numba_cuda import functions, planes, totals
 from nbnorm_backends.numba_cuda.launch import BLOCK, ITEM_SIZES, LONG_ROWS, VECTOR_BYTES, RowClass, Variant, row_classes
 
 WARP = functions.WARP
-BLOCKS_PER_MULTIPROCESSOR = 4  # of 256 threads: with 64 registers each, what fits
+BLOCKS_PER_MULTIPROCESSOR = 4  # of 256 threads: two to four run at the same time, by their registers
 ROWS_PER_MULTIPROCESSOR = {"row_forward": 8, "long_row_forward": 8, "row_backward": 2}  # blocks that go from row to row
 SHORT_ROWS = 1024  # a warp has longer ones in 8 rounds or more, and a block in fewer
 FEW_ROWS = 64  # of fewer and longer ones than 2^16 elements each is split between blocks
@@ -50,12 +50,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """What is asked for. `layout` is that of x, C-contiguous; weights lie on its axes g and c.
+    """What is asked for. `layout` is that of x, C-contiguous; weights lie on its axes g and c, for along r there are no
+    kernels.
 
     Attributes
     ----------
     wide : weight and bias are of the type that is computed in, not of x's.
-    total : x + residual is normalized and stored, in place of the epilogue's residual.
+    total : x + residual is normalized and stored, in place of the epilogue's residual; needs r = 1.
     mask : shape of the mask, each axis 1 or full.
     fixed : the statistics are given, with `shared` one for each group in place of each sample and group, and with
         `variance` as variances in `rstd`, to which eps is to be added.
@@ -122,7 +123,7 @@ class Norm:
 
     @property
     def blocks(self) -> int:
-        """As many as run at the same time."""
+        """As many as keep all multiprocessors busy."""
         return self.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
 
     def mask_strides(self, axes: str) -> dict[str, int]:
