@@ -218,7 +218,8 @@ MASKS = ["no mask", "dense", "lengths", "last axis"]
 
 def defined(case: Norm) -> options.Case:
     """The case as the definitions in test_options take it."""
-    return options.Case(case.name, case.op, case.shape, case.params, {}, case.oracle)
+    axis = {"channel_axis": case.oracle["channel_axis"] % len(case.shape)} if "channel_axis" in case.oracle else {}
+    return options.Case(case.name, case.op, case.shape, case.params, {}, {**case.oracle, **axis})
 
 
 def joined() -> list[Any]:
