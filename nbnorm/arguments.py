@@ -166,7 +166,7 @@ def check_statistics(
     if call.eps <= 0:
         raise ValueError(f"eps must be positive with {switch}=True; got {call.eps}")
     if statistics is not None and not call.return_moments:
-        _check_writable(call, statistics)
+        check_writable(call, statistics)
         call.running = Running(*statistics, weight_of_new)
     return statistics
 
@@ -199,7 +199,7 @@ def _check_running(call: Call, array: Array, name: str) -> Operand:
     return Operand(array, adapter, view)
 
 
-def _check_writable(call: Call, statistics: tuple[Operand, Operand]) -> None:
+def check_writable(call: Call, statistics: tuple[Operand, Operand]) -> None:
     mean, var = (statistic.view for statistic in statistics)
     for view, name in ((mean, "running_mean"), (var, "running_var")):
         if not view.flags.writeable:

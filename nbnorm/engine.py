@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nbnorm import composed, dispatch, layout
 from nbnorm.arrays import Array, NumpyArrays, float_view, overlap, read_only
-from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, masked_rstd, reciprocal_std
+from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, fixed_stats, masked_rstd
 from nbnorm.dropout import Dropout, warn_of_variance_shift
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
@@ -285,7 +285,7 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
     weight, bias = _weight(call, plan), None if call.bias is None else view_param(call.bias.view, axes, plan)
     mask, epilogue = _mask(call, plan), _epilogue(call, plan)
     fixed = call.fixed
-    stats = None if fixed is None else fixed_stats(fixed[0].view, fixed[1].view, call.eps, plan)
+    stats = None if fixed is None else fixed_stats(fixed[0].view, fixed[1].view, call.eps, plan.layout.n)
     out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
     x, total, found = placed.five_axes(), call.x.view, None
     if call.renorm is not None:
@@ -338,17 +338,6 @@ def _epilogue(call: Call, plan: Plan) -> Epilogue:
         return PLAIN
     residual = None if call.residual is None else view_input(call.residual.view, call.axes, plan)
     return Epilogue(call.activation, call.order, residual)
-
-
-def fixed_stats(mean: NDArray[Any], var: NDArray[Any], eps: float, plan: Plan) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(mean, rstd) on (n, g) of given per-channel statistics; channels lie on g, and every sample has the same.
-
-    Copies: a later call may update the running statistics before the pullback of this one runs.
-    """
-    mean, var = (stat.astype(np.float64).reshape(1, -1) for stat in (mean, var))
-    shape = plan.layout.n, plan.layout.g
-    rstd = reciprocal_std(var, eps)
-    return np.array(np.broadcast_to(mean, shape), order="C"), np.array(np.broadcast_to(rstd, shape), order="C")
 
 
 def _renorm_factors(renorm: Renorm, plan: Plan, found: Moments, eps: float) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -457,7 +446,7 @@ class GivenNorm:
         self._call, self._plan = call, placed.plan
         self._backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
         assert call.fixed is not None
-        mean, rstd = fixed_stats(call.fixed[0].view, call.fixed[1].view, call.eps, placed.plan)
+        mean, rstd = fixed_stats(call.fixed[0].view, call.fixed[1].view, call.eps, placed.plan.layout.n)
         self._inputs = placed.five_axes(), mean, rstd, _weight(call, placed.plan)
 
     def sums(self, dy: NDArray[Any]) -> tuple[NDArray[np.float64], ...]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm.arguments import check_apart, check_out_of
+from nbnorm.arguments import check_apart, check_out_of, check_writable
 from nbnorm.engine import Call, check_like
 from nbnorm.operation import prepared
-from nbnorm.repeat import repeated
+from nbnorm.repeat import bound
 
 
 class Plan:
@@ -21,7 +21,7 @@ class Plan:
         self._call = call
         x = call.x.view
         self._shape, self._strides, self._dtype = x.shape, x.strides, x.dtype
-        self._again = repeated(call, bound=True)
+        self._again = bound(call)
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """Run the call on another x.
@@ -63,6 +63,8 @@ class Plan:
         if operand.adapter is not first.x.adapter:
             raise TypeError(f"x must be an array as the plan was made with, {first.x.adapter.kind}; got {type(x)}")
         call = replace(first, x=operand)
+        if call.running is not None:
+            check_writable(call, (call.running.mean, call.running.var))
         if out is not None:
             check_out_of(call, out)
             given = call.running or call.renorm

@@ -19,6 +19,8 @@ from nbnorm.layout import Plan
 
 ARRAYS = ("x", "weight", "bias")
 STATISTICS = ("running_mean", "running_var")
+# Types whose values stay as they are, and of whose equal values nobody can tell which was given.
+CONSTANT = {int, float, bool, str, type(None), np.int64, np.float32, np.float64}
 MOST = 1024  # calls that are remembered; then they are forgotten, and remembered anew
 Again = Callable[..., Any]
 Place = int | str | None  # of an argument: its position, its keyword, or not given
@@ -55,39 +57,43 @@ def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[place] if isinstance(place, int) else kwargs[place]
 
 
-def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that the checks of a call, and the choice of its backend, depend on: of arrays of NumPy's not the content."""
+def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """All that the checks of a call, and the choice of its backend, depend on: of arrays of NumPy's not the content.
+
+    None where that is more than can be seen: an argument that may change without becoming another, such as a list, or
+    an array of no axes that stands for a number.
+    """
     key: list[Any] = [op, dispatch.preferred()]
     key += kwargs
     for arg in (*args, *kwargs.values()):
-        if arg.__class__ is np.ndarray:
+        kind = arg.__class__
+        if kind is np.ndarray:
+            if not arg.ndim:
+                return None
             flags = arg.flags
             key += arg.shape, arg.strides, arg.dtype, flags.aligned, flags.writeable
-        elif arg.__class__ is tuple:
+        elif kind is tuple:
+            if not CONSTANT.issuperset(map(type, arg)):
+                return None
             key += tuple, arg, *map(type, arg)  # (3,) == (3.0,)
+        elif kind in CONSTANT or isinstance(arg, Backend):
+            key += kind, arg
         else:
-            key += arg.__class__, arg
+            return None
     return tuple(key)
 
 
-def recall(key: tuple[Any, ...]) -> Remembered | None:
+def recall(key: tuple[Any, ...] | None) -> Remembered | None:
     """What was remembered under a key, unless a trace wants to see the decision."""
-    try:
-        return None if dispatch.traced() else dispatch.registry.calls.get(key)
-    except TypeError:  # an argument that cannot be hashed
-        return None
+    return None if key is None or dispatch.traced() else dispatch.registry.calls.get(key)
 
 
 def remember(
-    key: tuple[Any, ...], op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Any
+    key: tuple[Any, ...] | None, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Any
 ) -> None:
     """Keep how to run a call again that has just run, if it is of the kind."""
     calls = dispatch.registry.calls
-    if not isinstance(call, Call) or call.out is not None or dispatch.traced():
-        return
-    try:
-        hash(key)
-    except TypeError:
+    if key is None or not isinstance(call, Call) or call.out is not None or dispatch.traced():
         return
     names = list(inspect.signature(op).parameters)
 
@@ -126,35 +132,40 @@ def repeated(call: Call, *, bound: bool = False) -> Again | None:
 
 
 def repeated_with_statistics(call: Call) -> Again | None:
-    """A function (x, weight, bias, running_mean, running_var) that does what a call with these does; None where there
-    is more to it. It returns None, and has done nothing, where statistics to be updated may overlap another array."""
-    statistics = call.fixed or (call.running and (call.running.mean, call.running.var)) or ()
+    """A function (x, weight, bias, running_mean, running_var) that does what a call with these does, as
+    `Backend.repeated_with_statistics` says; None where there is more to it."""
+    running = call.running
+    statistics = call.fixed if running is None else (running.mean, running.var)
+    if statistics is None:
+        return None
     ready = _ready(call, (call.x, call.weight, call.bias, *statistics))
     if ready is None:
         return None
     placed, backend, epilogue = ready
-    plan, axes, eps = placed.plan, call.axes, call.eps
-    running = call.running
-    weight, bias = _params(call, plan)
-    keys: dict[str, Any] = {"center": True, "epilogue": epilogue, "shape": call.x.view.shape}
-    normalize = backend.repeated(placed.five_axes(), weight, bias, eps, moments=running is not None, **keys)
+    mean, var = (stat.view for stat in statistics)
+    momentum = None if running is None else running.momentum
+    return backend.repeated_with_statistics(
+        placed.five_axes(),
+        *_params(call, placed.plan),
+        (mean, var),
+        call.eps,
+        momentum=momentum,
+        epilogue=epilogue,
+        shape=call.x.view.shape,
+    )
 
-    def evaluate(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
-        return normalize(x, weight, bias, None, engine.fixed_stats(mean, var, eps, plan))
 
-    def train(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
-        assert running is not None
-        for other in (x, weight, bias):
-            if other is not None and (np.may_share_memory(mean, other) or np.may_share_memory(var, other)):
-                return None
-        if np.may_share_memory(mean, var):
-            return None
-        y, found = normalize(x, weight, bias, None)
-        batch = engine.logical_moments(found, axes, plan)
-        mean[...], var[...] = batch.blend(mean, var, running.momentum)
-        return y
-
-    return evaluate if running is None else train
+def bound(call: Call) -> Again | None:
+    """A function (x, out) that does what the call does, for weight, bias and statistics as they will be, or returns
+    None and has done nothing; None where there is more to the call than these."""
+    statistics = call.fixed if call.running is None else (call.running.mean, call.running.var)
+    if statistics is None:
+        return repeated(call, bound=True)
+    again = repeated_with_statistics(call)
+    if again is None:
+        return None
+    given = [None if operand is None else operand.view for operand in (call.weight, call.bias, *statistics)]
+    return lambda x, out: again(x, *given) if out is None and x.flags.aligned else None
 
 
 def _params(call: Call, plan: Plan) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:

@@ -1,4 +1,4 @@
-"""Norms over runs that are made again and again: what does not change between calls is settled once.
+"""Norms that are made again and again: what does not change between calls is settled once.
 
 Numba takes 1 us to find the types of twenty arguments, and NumPy 0.1 us to make a view: as much as the kernel takes for
 a few rows. So what is called here is the compiled function itself, which checks no types.
@@ -13,16 +13,20 @@ import numpy as np
 from numba import typeof
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import cuts, kernels, outputs
+from nbnorm.arrays import read_only
+from nbnorm.backend import apart
+from nbnorm_backends.numba_cpu import columns, cuts, kernels, outputs, tables
 from nbnorm_backends.numba_cpu.checks import overlaps_in_part, share_memory
 from nbnorm_backends.numba_cpu.elements import CARRIERS
-from nbnorm_backends.numba_cpu.options import Options
+from nbnorm_backends.numba_cpu.kernels import STATISTICS
+from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Options
 from nbnorm_backends.numba_cpu.pool import Pool, worker
 from nbnorm_backends.numba_cpu.runs import leap_of, parameters, runs_view
-from nbnorm_backends.numba_cpu.tables import moments_of
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
 Array = NDArray[Any]
+# (x, weight, bias, out, find, table) -> y: with statistics that `find` asks for, or with those of the table
+Normalize = Callable[[Array, Array | None, Array | None, Array | None, bool, Array], Array]
 
 
 def parameter_views(x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Array] | None:
@@ -34,21 +38,44 @@ def parameter_views(x: Array, weight: Array | None, bias: Array | None) -> tuple
     return found
 
 
-def repeated(
-    pool: Pool,
-    x: Array,
-    w: Array,
-    b: Array,
-    options: Options,
-    *,
-    center: bool,
-    eps: float,
-    shape: tuple[int, ...],
-    moments: bool,
-) -> Callable[..., Any]:
-    """`Backend.repeated`, by the kernel that `runs.forward` runs, for w and b of `parameter_views`."""
-    given, view = x.shape, runs_view(x)
-    five, four, dtype, empty = view.shape, w.shape, x.dtype, _empty(x)
+def repeated(normalize: Normalize, groups: int) -> Callable[..., Array]:
+    """`Backend.repeated`, for x of so many groups."""
+    return lambda x, weight, bias, out: normalize(x, weight, bias, out, True, np.empty((STATISTICS, groups)))
+
+
+def repeated_with_statistics(
+    normalize: Normalize, groups: int, statistics: tuple[Array, Array], eps: float, momentum: float | None
+) -> Callable[..., Array | None]:
+    """`Backend.repeated_with_statistics`, likewise; where they move, those of one group each."""
+    table = np.empty((STATISTICS, groups))
+    if momentum is None:
+        fix = _compiled(tables.give, (*statistics, eps, table))
+
+        def evaluate(x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array) -> Array:
+            table = np.empty((STATISTICS, groups))
+            fix(mean, var, eps, table)
+            return normalize(x, weight, bias, None, False, table)
+
+        return evaluate
+    step, move = float(momentum), _compiled(tables.move, (*statistics, float(momentum), table))
+
+    def train(x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array) -> Array | None:
+        if not apart(mean, var, x, weight, bias):
+            return None
+        table = np.empty((STATISTICS, groups))
+        y = normalize(x, weight, bias, None, True, table)
+        move(mean, var, step, table)
+        return y
+
+    return train
+
+
+def normalizes_runs(
+    pool: Pool, x: Array, w: Array, b: Array, options: Options, *, center: bool, eps: float, shape: tuple[int, ...]
+) -> Normalize:
+    """By the kernel that `runs.forward` runs, for w and b of `parameter_views`."""
+    view, four, dtype, empty = runs_view(x), w.shape, x.dtype, _empty(x)
+    five = view.shape
     seen = _seen(x, five)
     total, leap = five[0] * five[2], leap_of(pool, x, 2)
     groups = cuts.groups_per_chunk(x.size, total)
@@ -59,27 +86,52 @@ def repeated(
         found = groups, leap, x, w, b, center, eps, find, table
         return *found, None, None, options.before, options.after, None, None, None, stream, y
 
-    sample = runs_view(np.empty(given, dtype))
-    table = np.empty((kernels.STATISTICS, total))
+    sample = runs_view(np.empty(x.shape, dtype))
+    table = np.empty((STATISTICS, total))
     work = worker(kernels.runs_forward)
     run = _compiled(work, (np.zeros(1, np.int64), chunks, *arguments(view, w, b, True, table, sample)))
 
-    def again(x: Array, weight: Array | None, bias: Array | None, out: Array | None, stats: Any = None) -> Any:
+    def normalize(
+        x: Array, weight: Array | None, bias: Array | None, out: Array | None, find: bool, table: Array
+    ) -> Array:
         y = empty(shape, dtype) if out is None else out
         own = w if weight is None else weight.reshape(four), b if bias is None else bias.reshape(four)
-        table = np.empty((kernels.STATISTICS, total))
-        if stats is not None:
-            table[kernels.MEAN], table[kernels.RSTD] = (stat.reshape(-1) for stat in stats)
-        args = arguments(seen(x), *own, stats is None, table, seen(y))
+        args = arguments(seen(x), *own, find, table, seen(y))
         if parallel:
             pool.share(run, chunks, args)
         else:
             run(np.zeros(1, np.int64), chunks, *args)
-        if moments:
-            return y, moments_of(given, table) if stats is None else None
         return y
 
-    return again
+    return normalize
+
+
+def normalizes_columns(
+    pool: Pool,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    options: Options,
+    *,
+    center: bool,
+    eps: float,
+    shape: tuple[int, ...],
+) -> Normalize:
+    """By what `columns.forward` does once the grid is there; weight and bias are not along r."""
+    five, dtype, empty, grid = x.shape, x.dtype, _empty(x), columns.Grid(pool, x, folds=True)
+    param_shape = next((param.shape for param in (weight, bias) if param is not None), ())
+    extra = grid.options(options)
+
+    def normalize(
+        x: Array, weight: Array | None, bias: Array | None, out: Array | None, find: bool, table: Array
+    ) -> Array:
+        y = empty(shape, dtype) if out is None else out
+        w, b = (None if param is None else param.reshape(param_shape) for param in (weight, bias))
+        keys: dict[str, Any] = {"joined": NOTHING_JOINED, "center": center, "eps": eps, "find": find, "stats": table}
+        columns.normalize(grid, read_only(x.reshape(five)), w, b, extra, y=y.reshape(five), **keys)
+        return y
+
+    return normalize
 
 
 def bound(
@@ -117,7 +169,7 @@ def forward(x, y, w, b, five, center, eps, before, after):  # type: ignore[no-un
     if x.ctypes.data % x.itemsize or y.ctypes.data % y.itemsize:
         return False
     groups = five[0] * five[2]
-    stats = np.empty((kernels.STATISTICS, groups))
+    stats = np.empty((STATISTICS, groups))
     nothing = None, None, before, after, None, None, None, False
     kernels.runs_forward(0, groups, 0, x.reshape(five), w, b, center, eps, True, stats, *nothing, y.reshape(five))
     return True

@@ -80,17 +80,50 @@ class NumbaBackend(WholeOps, Backend):
         center: bool,
         epilogue: Epilogue = PLAIN,
         shape: tuple[int, ...],
-        moments: bool = False,
         bound: bool = False,
     ) -> Callable[..., Any]:
-        views = again.parameter_views(x, weight, bias) if _family(x) is runs else None
         keys: dict[str, Any] = {"center": center, "shape": shape}
-        if views is not None and bound and x.size <= TUNING.serial:
-            return again.bound(x, *views, options_of(None, epilogue), eps=eps, **keys)
-        if views is not None and not bound and isinstance(self.scheduler, Pool):
-            keys |= {"eps": eps, "moments": moments}
-            return again.repeated(self.scheduler, x, *views, options_of(None, epilogue), **keys)
-        return super().repeated(x, weight, bias, eps, epilogue=epilogue, moments=moments, bound=bound, **keys)
+        if bound and x.size <= TUNING.serial and _family(x) is runs:
+            views = again.parameter_views(x, weight, bias)
+            if views is not None:
+                return again.bound(x, *views, options_of(None, epilogue), eps=eps, **keys)
+        normalize = None if bound else self._normalizes(x, weight, bias, epilogue, eps=eps, **keys)
+        if normalize is not None:
+            return again.repeated(normalize, x.shape[0] * x.shape[2])
+        return super().repeated(x, weight, bias, eps, epilogue=epilogue, bound=bound, **keys)
+
+    def repeated_with_statistics(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        statistics: tuple[Array, Array],
+        eps: float,
+        *,
+        momentum: float | None,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+    ) -> Callable[..., Any]:
+        n, g = x.shape[0], x.shape[2]
+        if (n == 1 or momentum is None) and statistics[0].itemsize > 2:
+            normalize = self._normalizes(x, weight, bias, epilogue, center=True, eps=eps, shape=shape)
+            if normalize is not None:
+                return again.repeated_with_statistics(normalize, n * g, statistics, eps, momentum)
+        keys: dict[str, Any] = {"momentum": momentum, "epilogue": epilogue, "shape": shape}
+        return super().repeated_with_statistics(x, weight, bias, statistics, eps, **keys)
+
+    def _normalizes(
+        self, x: Array, weight: Array | None, bias: Array | None, epilogue: Epilogue, **keys: Any
+    ) -> again.Normalize | None:
+        """What runs a call again with less to do; None where nothing does."""
+        if not isinstance(self.scheduler, Pool):
+            return None
+        options = options_of(None, epilogue)
+        if _family(x) is columns:
+            along_r = any(param is not None and param.shape[1] > 1 for param in (weight, bias))
+            return None if along_r else again.normalizes_columns(self.scheduler, x, weight, bias, options, **keys)
+        views = again.parameter_views(x, weight, bias)
+        return None if views is None else again.normalizes_runs(self.scheduler, x, *views, options, **keys)
 
     def add_forward(
         self,

@@ -113,7 +113,8 @@ def put(typing_context: Any, stream: Any, array: Any, index: Any, value: Any) ->
 def borrowed(typing_context: Any, array: Any) -> Any:
     """The same array, of whose slices nobody counts references: for arguments, which the caller keeps alive.
 
-    Counting is atomic and takes 10 ns or more a slice: without it rows of 3 are divided 9 times faster, of 16, 5 times.
+    Counting is atomic and takes 10 ns or more a slice, and 100 where threads count one array: without it rows of 3 are
+    divided 9 times faster, of 16, 5 times, and batch norm channels last is applied 1.8 times faster.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -179,6 +179,16 @@ def columns_statistics(sums, rows, pivot, g, c, center, eps, stats):
         conclude(total, origin, step, m2, eps, own[COUNT], own[MEAN], own[RESIDUAL], own[M2], own[RSTD])
 
 
+@KERNEL
+def settle(part, sums, rows, farthest, pivot, doubted, g, c, center, eps, stats):
+    """Merge the shares, and find the statistics unless sums are to be done again; of how many columns they are."""
+    merge_shares(part, sums)
+    found = doubt(sums, rows, farthest, pivot, doubted) if center else 0
+    if not found:
+        columns_statistics(sums, rows, pivot, g, c, center, eps, stats)
+    return found
+
+
 @PLAIN
 def add_columns(row, begin, c, total):
     for a in range(total.size):
@@ -197,20 +207,26 @@ def columns_terms(stats, g, c, weight, bias, single, power, mean, scale, shift):
     not 1."""
     extreme = False
     for i in range(scale.shape[0]):
-        j = 0
-        while j < scale.shape[1]:
-            for channel in range(g * c):
-                p = i * g + channel // c
-                m, r = stats[MEAN, p], stats[RSTD, p]
-                factor = r * weight[channel] if weight.size else r
-                f, high = reduced(m, factor, single)
-                power[i, j] = f
-                mean[i, j] = high * f
-                scale[i, j] = clamped(factor / f) if single else factor
-                shift[i, j] = (bias[channel] if bias.size else 0.0) + low_of(m, high, factor)
-                extreme |= f != 1.0
-                j += 1
+        for channel in range(g * c):
+            p = i * g + channel // c
+            m, r = stats[MEAN, p], stats[RSTD, p]
+            factor = r * weight[channel] if weight.size else r
+            f, high = reduced(m, factor, single)
+            power[i, channel] = f
+            mean[i, channel] = high * f
+            scale[i, channel] = clamped(factor / f) if single else factor
+            shift[i, channel] = (bias[channel] if bias.size else 0.0) + low_of(m, high, factor)
+            extreme |= f != 1.0
+        for row in (power[i], mean[i], scale[i], shift[i]):
+            unfold(row, g * c)
     return extreme
+
+
+@PLAIN
+def unfold(row, own):
+    """What is there for the columns of one row of x, for those of all that are folded into it."""
+    for j in range(own, row.size):
+        store(row, j, load(row, j - own))
 
 
 @KERNEL
@@ -254,18 +270,17 @@ def columns_gains(stats, g, c, weight, coefficients, single, gain, k1, k2, lift)
     """What `kernels.backward_affine` takes of each column (n, w), as `kernels.gains`; whether a lift is not 1."""
     extreme = False
     for i in range(gain.shape[0]):
-        j = 0
-        while j < gain.shape[1]:
-            for channel in range(g * c):
-                p = i * g + channel // c
-                m, r, w = stats[MEAN, p], stats[RSTD, p], weight[channel] if weight.size else 1.0
-                f, high = reduced(m, r * w, single)
-                up = power_of_two(r) if single else 1.0
-                own = r / up
-                gain[i, j] = own * w
-                k1[i, j] = -(coefficients[K1, p] + low_of(m, high, r) * coefficients[K2, p]) * own
-                k2[i, j] = -(r / f) * coefficients[K2, p] * own
-                lift[i, j] = up
-                extreme |= up != 1.0
-                j += 1
+        for channel in range(g * c):
+            p = i * g + channel // c
+            m, r, w = stats[MEAN, p], stats[RSTD, p], weight[channel] if weight.size else 1.0
+            f, high = reduced(m, r * w, single)
+            up = power_of_two(r) if single else 1.0
+            own = r / up
+            gain[i, channel] = own * w
+            k1[i, channel] = -(coefficients[K1, p] + low_of(m, high, r) * coefficients[K2, p]) * own
+            k2[i, channel] = -(r / f) * coefficients[K2, p] * own
+            lift[i, channel] = up
+            extreme |= up != 1.0
+        for row in (gain[i], k1[i], k2[i], lift[i]):
+            unfold(row, g * c)
     return extreme

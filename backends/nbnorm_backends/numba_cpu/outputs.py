@@ -62,7 +62,7 @@ class Lease:
 
     def __init__(self, block: Array, size: int) -> None:
         self._block, self._give_back = block, recycler.give_back  # the module may go first when the interpreter ends
-        address = block.ctypes.data
+        address = block.__array_interface__["data"][0]  # `ctypes` is imported late, which fails as the interpreter ends
         begin = address + -address % LINE
         self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (begin, False)}
 
@@ -89,9 +89,14 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if size < SMALL:
         return np.empty(shape, dtype)
     if size < LARGE:
-        block = np.empty(size + LINE, np.uint8)
-        return np.ndarray(shape, dtype, block, -block.ctypes.data % LINE)
+        return aligned(shape, dtype)
     return np.asarray(Lease(recycler.take(size + LINE), size)).view(dtype).reshape(shape)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The same in memory of its own, whatever its size."""
+    block = np.empty(math.prod(shape) * dtype.itemsize + LINE, np.uint8)
+    return np.ndarray(shape, dtype, block, -block.ctypes.data % LINE)
 
 
 def streams(y: Array, row: int, least: int) -> bool:

@@ -82,7 +82,7 @@ class _Job:
 
     def __init__(self, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
         self._counters = np.zeros(COUNTERS, np.int64)
-        self._call = work, chunks, args
+        self._call: tuple[Callable[..., None], int, tuple[Any, ...]] | None = work, chunks, args
         self._error: BaseException | None = None
 
     def help(self) -> None:
@@ -96,9 +96,11 @@ class _Job:
         finally:
             atomics.increase(self._counters, LEFT, 1)
 
-    def run(self) -> None:
-        """Work, then wait until no helper touches the arrays any more, even when interrupted; raise what was raised."""
+    def run(self, announce: Callable[[_Job], None]) -> None:
+        """Announce the job to helpers and work, then wait until no helper touches the arrays any more, even when
+        interrupted; raise what was raised."""
         try:
+            announce(self)
             self._work()
         except BaseException as error:  # noqa: BLE001  raised below, after the helpers have left
             self._error = error
@@ -108,11 +110,13 @@ class _Job:
                 break
             except KeyboardInterrupt as interrupt:
                 self._error = interrupt
+        self._call = None  # a helper that is late finds a closed job, whose arrays are not kept for it
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
         """Claim and run chunks until none is left; after an error nobody finds one."""
+        assert self._call is not None
         work, chunks, args = self._call
         try:
             work(self._counters, chunks, *args)
@@ -144,7 +148,7 @@ class Pool:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._bell = np.zeros(1, np.int64)  # rings when a job is there
         self._helpers = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection of garbage may call a norm while a helper is started
 
     def run(self, kernel: Kernel, chunks: int, args: tuple[Any, ...], *, parallel: bool) -> None:
         """Run ``kernel(chunk, *args)`` for every chunk; raises what a chunk raised, after all have ended."""
@@ -159,11 +163,13 @@ class Pool:
         if threads <= 1:
             work(np.zeros(1, np.int64), chunks, *args)
             return
-        job = _Job(work, chunks, args)
-        for _ in range(min(threads - 1, self._started(threads - 1))):
-            self._jobs.put(job)
-        atomics.increase(self._bell, 0, 1)
-        job.run()
+
+        def announce(job: _Job) -> None:
+            for _ in range(min(threads - 1, self._started(threads - 1))):
+                self._jobs.put(job)
+            atomics.increase(self._bell, 0, 1)
+
+        _Job(work, chunks, args).run(announce)
 
     def _started(self, wanted: int) -> int:
         """Helpers that run, after starting what is missing; fewer where the system gives no more threads."""

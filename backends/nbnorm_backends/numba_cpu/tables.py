@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm.statistics import Moments
-from nbnorm_backends.numba_cpu.kernels import COUNT, M2, MEAN, RESIDUAL, RSTD, STATISTICS
+from nbnorm_backends.numba_cpu.kernels import COUNT, EXACT, M2, MEAN, RESIDUAL, RSTD, STATISTICS
 
 Array = NDArray[Any]
 
@@ -32,3 +32,21 @@ def moments_of(shape: tuple[int, ...], table: Array, mask: Array | None = None) 
     whole = r * c * s
     partial = mask is not None and not (count == whole).all()
     return Moments(count.astype(np.int64) if partial else whole, mean, m2, residual)
+
+
+@EXACT
+def give(mean, var, eps, table):  # type: ignore[no-untyped-def]  # compiled
+    """Given statistics (g,), the same for every sample, into the table: `nbnorm.backend.fixed_stats`."""
+    for p in range(table.shape[1]):
+        j = p % mean.size
+        table[MEAN, p] = mean[j]
+        table[RSTD, p] = 1.0 / np.sqrt(var[j] + eps)
+
+
+@EXACT
+def move(mean, var, momentum, table):  # type: ignore[no-untyped-def]  # compiled
+    """Running statistics (g,) after the batch of one table, (5, g): `Moments.blend`."""
+    for j in range(mean.size):
+        mean[j] = (1.0 - momentum) * mean[j] + momentum * table[MEAN, j]
+        if table[COUNT, j] > 1.0:
+            var[j] = (1.0 - momentum) * var[j] + momentum * (table[M2, j] / (table[COUNT, j] - 1.0))
