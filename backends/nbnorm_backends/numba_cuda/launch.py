@@ -79,10 +79,8 @@ class Variant:
         """Threads of a block at most, and blocks that a multiprocessor must hold, which share its 65536 registers."""
         if self.rows is None:
             return COLUMN_SUMS if self.family == "columns_sums" else (BLOCK, 2)
-        return (
-            self.rows.block,
-            3 if self.family == "row_forward" and self.rows.block == 128 and self.kind != "float64" else 1,
-        )
+        three = self.family == "row_forward" and self.rows.block == 128 and self.kind != "float64"
+        return self.rows.block, 3 if three else 1
 
     def make(self, cuda: Any, P: Any) -> Callable[..., None]:
         """The kernel for this cuda module and these primitives."""
@@ -120,9 +118,8 @@ def row_classes(family: str, kind: str, vector: bool) -> tuple[RowClass | None, 
     if family == "row_backward" and not vector:
         return SCALAR_ROWS
     classes = (ROWS_OF_DOUBLES if kind == "float64" else ROWS).get(family, NO_CLASSES)
-    return (
-        classes[:-1] if (family, kind) == ("row_backward", "float32") else classes
-    )  # 12 bytes of the last one spilled
+    spills = (family, kind) == ("row_backward", "float32")  # 12 bytes of the largest
+    return classes[:-1] if spills else classes
 
 
 def has(family: str, kind: str, vector: bool) -> bool:
