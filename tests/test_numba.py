@@ -194,14 +194,14 @@ def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:
 
     @njit(nogil=True)
     def longer(chunk, pause, seen):  # type: ignore[no-untyped-def]  # compiled
+        seen[chunk] += 1
         for _ in range(1000):
             pause(500)
-        seen[chunk] += 1
 
     pool.run(longer, 0, (pause, long), parallel=False)
     with ThreadPoolExecutor(1) as other:
         busy = other.submit(pool.run, longer, 2, (pause, long), parallel=True)
-        while not pool._jobs.empty() or not pool._helpers:
+        while not long.all():
             time.sleep(0.001)
         gone = weakref.ref(seen)
         pool.run(slow, 1000, (pause, seen), parallel=True)

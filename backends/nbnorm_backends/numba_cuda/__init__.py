@@ -1,0 +1,1 @@
+"""The norms on NVIDIA GPUs, by kernels that Numba compiles."""

@@ -1,0 +1,207 @@
+"""What can be launched: a finite list of kernels, the sizes that choose among them, and what each may take.
+
+Row lengths, eps and the rest are run-time arguments. A variant is a family, an element type, and 16-byte or scalar
+access; those of rows also have a size class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from nbnorm_backends.numba_cuda import columns, planes, rows, totals
+
+KINDS = ("float32", "float16", "bfloat16", "float64")
+
+
+class RowClass(NamedTuple):
+    """`threads` threads hold a row, up to `elements` each, in blocks of `block` threads."""
+
+    threads: int
+    elements: int
+    block: int
+    since: int = 80  # the compute capability, times ten, from which on it is launched
+
+    @property
+    def longest(self) -> int:
+        return self.threads * self.elements
+
+
+# Rows in registers, with the weights. The assembler for sm_80 takes more registers of the same PTX, and spilled where
+# sm_90 has enough: of 32 elements a thread, and of gradients where 512 threads share a multiprocessor's registers.
+# float64 takes two registers an element. 1024 threads have 64 registers each, and spilled on sm_90.
+ROWS = {
+    "row_forward": (
+        RowClass(8, 16, 128),
+        RowClass(32, 16, 128),
+        RowClass(128, 16, 128),
+        RowClass(512, 16, 512),
+        RowClass(512, 32, 512, since=90),
+    ),
+    "row_backward": (
+        RowClass(8, 16, 128),
+        RowClass(32, 16, 128),
+        RowClass(128, 16, 128),
+        RowClass(256, 16, 256),
+        RowClass(512, 16, 512, since=90),
+    ),
+}
+ROWS_OF_DOUBLES = {
+    "row_forward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(512, 8, 512)),
+    "row_backward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)),
+}
+# Gradients by scalar access: of 16 elements the loops were not unrolled, and arrays went to local memory.
+SCALAR_ROWS = ROWS_OF_DOUBLES["row_backward"]
+# Rows of any length, which are read twice.
+LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
+BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
+COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel, compiled once."""
+
+    family: str
+    kind: str
+    vector: bool = True
+    rows: RowClass | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.family, self.kind, "vector" if self.vector else "scalar"]
+        return "_".join(parts if self.rows is None else [*parts, f"{self.rows.threads}x{self.rows.elements}"])
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Threads of a block at most, and blocks that a multiprocessor must hold, which share its 65536 registers."""
+        if self.rows is None:
+            return COLUMN_SUMS if self.family == "columns_sums" else (BLOCK, 2)
+        three = self.family == "row_forward" and self.rows.block == 128 and self.kind != "float64"
+        return self.rows.block, 3 if three else 1
+
+    def make(self, cuda: Any, P: Any) -> Callable[..., None]:
+        """The kernel for this cuda module and these primitives."""
+        sizes = () if self.rows is None else self.rows[:3]
+        return FACTORIES[self.family](cuda, P, self.vector, *sizes)  # type: ignore[no-any-return]
+
+
+FACTORIES: dict[str, Callable[..., Any]] = {
+    "row_forward": rows.make_row_forward,
+    "long_row_forward": rows.make_long_row_forward,
+    "row_backward": rows.make_row_backward,
+    "planes_statistics": planes.make_planes_statistics,
+    "planes_apply": planes.make_planes_apply,
+    "planes_sums": planes.make_planes_sums,
+    "planes_backward": planes.make_planes_backward,
+    "columns_statistics": columns.make_columns_statistics,
+    "columns_apply": columns.make_columns_apply,
+    "columns_sums": columns.make_columns_sums,
+    "columns_backward": columns.make_columns_backward,
+    "finish_gradient": totals.make_finish_gradient,
+    "sum_columns": totals.make_sum_columns,
+    "commit": totals.make_commit,
+}
+
+
+NO_CLASSES = (None,)
+SCALAR_ONLY = ("finish_gradient", "sum_columns", "commit")
+REAL_ONLY = ("sum_columns", "commit")  # they read no elements
+
+
+def row_classes(family: str, kind: str, vector: bool) -> tuple[RowClass | None, ...]:
+    """The size classes of a family, ascending; None stands for a family without."""
+    if family == "long_row_forward":
+        return LONG_ROWS
+    if family == "row_backward" and not vector:
+        return SCALAR_ROWS
+    classes = (ROWS_OF_DOUBLES if kind == "float64" else ROWS).get(family, NO_CLASSES)
+    spills = (family, kind) == ("row_backward", "float32")  # 12 bytes of the largest
+    return classes[:-1] if spills else classes
+
+
+def has(family: str, kind: str, vector: bool) -> bool:
+    """Whether a family is compiled for this element type and access. Rows with scalar access are long rows: 32 scalar
+    loads and their conditions took 234 registers."""
+    if (vector and family in SCALAR_ONLY) or (not vector and family == "row_forward"):
+        return False
+    return kind in ("float32", "float64") or family not in REAL_ONLY
+
+
+@lru_cache(maxsize=1)
+def variants() -> tuple[Variant, ...]:
+    """All that is ever launched."""
+    return tuple(
+        Variant(family, kind, vector, rows)
+        for family in FACTORIES
+        for kind in KINDS
+        for vector in (True, False)
+        if has(family, kind, vector)
+        for rows in row_classes(family, kind, vector)
+    )
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+CAPABILITIES = (8, 0), (9, 0)  # what is compiled for: A100 and H100; later ones of one major number run the same code
+
+
+class Budget(NamedTuple):
+    """What a compiled variant may take, and must have: registers at most; 128-bit loads and stores, and shuffles, at
+    least. Rows in registers have the loads and stores for each vector of a thread. Spills, stack and local memory are
+    never allowed, float64 instructions only where elements are float64."""
+
+    registers: int
+    loads: int = 0
+    stores: int = 0
+    shuffles: int = 0
+    float64: bool = False
+
+
+BUDGETS = {
+    "row_forward": Budget(168, 3, 1, 9),
+    "long_row_forward": Budget(96, 4, 2, 30),
+    "row_backward": Budget(255, 3, 1, 6),
+    "planes_statistics": Budget(128, 5, 0, 30),
+    "planes_apply": Budget(64, 2, 1),
+    "planes_sums": Budget(128, 3, 0, 10),
+    "planes_backward": Budget(96, 4, 2),
+    "columns_statistics": Budget(128, 5, 0, 30),
+    "columns_apply": Budget(128, 2, 1),
+    "columns_sums": Budget(168, 3, 0),
+    "columns_backward": Budget(128, 4, 2),
+    "finish_gradient": Budget(64, 0, 0, 10),
+    "sum_columns": Budget(64),
+    "commit": Budget(80),
+}
+VECTOR_BYTES = 16
+ITEM_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+
+def budget_of(variant: Variant) -> Budget:
+    budget = BUDGETS[variant.family]
+    if not variant.vector:
+        budget = budget._replace(loads=0, stores=0)
+    elif variant.rows is not None and variant.rows.elements:
+        vectors = variant.rows.elements * ITEM_SIZES[variant.kind] // VECTOR_BYTES
+        budget = budget._replace(loads=budget.loads * vectors, stores=budget.stores * vectors)
+    if variant.kind == "float64":
+        budget = budget._replace(float64=True, registers=255 if variant.rows is not None else budget.registers)
+    return budget
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+# By name: what a pointer points to, "element" being x's type and "real" the one that is computed in.
+POINTERS = {
+    **dict.fromkeys(("x", "residual", "addend", "weight", "bias", "total", "y", "dy", "dx", "dz"), "element"),
+    **dict.fromkeys(("weight_wide", "bias_wide", "mean_high", "mean_low", "rstd", "m2"), "real"),
+    **dict.fromkeys(("part_weight", "part_bias", "part_high", "part_low", "part_m2"), "real"),
+    **dict.fromkeys(("k1", "k2", "dweight", "dbias", "running_mean", "running_var"), "real"),
+    **dict.fromkeys(("valid", "part_n", "counters"), "int32"),
+    "mask": "uint8",
+}
+REALS = ("eps", "momentum")
+FLAGS = ("flags", "before", "after")  # int32; all other numbers are int64
