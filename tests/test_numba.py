@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
+import pkgutil
 import queue
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from numba.core.dispatcher import Dispatcher
 
 import nbnorm
 from nbnorm.dispatch import registry
+from nbnorm_backends import numba_cpu
 from nbnorm_backends.numba_cpu.pool import Pool, Prange
 
 RNG = np.random.default_rng(0)
@@ -213,7 +216,8 @@ def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:
 def test_flags_of_kernels() -> None:
     """Nothing assumes away NaN and Inf, and no quotient becomes a product."""
     allowed = {"reassoc", "contract", "nsz"}
-    modules = [module for name, module in sys.modules.items() if name.startswith("nbnorm_backends.numba_cpu.")]
+    names = [info.name for info in pkgutil.iter_modules(numba_cpu.__path__, f"{numba_cpu.__name__}.")]
+    modules = [importlib.import_module(name) for name in names]
     found = 0
     for module in modules:
         for value in vars(module).values():
