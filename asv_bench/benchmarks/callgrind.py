@@ -2,12 +2,11 @@
 
     valgrind --tool=callgrind --instr-atstart=no ... python -m benchmarks.callgrind FIGURE...
 
-is what `count` runs. What a version does not have is left out of the result.
+is what `count` runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import mmap
@@ -51,29 +50,34 @@ def absence() -> str | None:
     return None
 
 
-def count(figures: Collection[str], timeout: float = 1800) -> dict[str, int]:
-    """Instructions by figure; figures are "kind|name|backend", as `benchmarks.instructions` lists them.
+def count(figures: Collection[str], timeout: float = 1800) -> tuple[dict[str, int], dict[str, str]]:
+    """Instructions by figure, and what was raised by those that failed.
+
+    Figures are "kind|name|backend", as `benchmarks.instructions` lists them; in neither are those that this version
+    does not have.
 
     Raises
     ------
     RuntimeError
-        If a case fails, with what it wrote.
+        If the process ends otherwise than it should, with what it wrote.
     """
     left = list(figures)
     environment = os.environ | FIXED
     folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     done = _run([], left, environment, timeout)  # fills the kernel cache: Valgrind makes compiling ten times as long
+    failed = {}
     while not done.returncode:
         with tempfile.TemporaryDirectory() as folder:
             options = ["--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
             done = _run(["valgrind", *options], left, environment, timeout)
+            lines = [line.partition("\t") for line in done.stdout.splitlines()]
             if not done.returncode:
-                return _totals(Path(folder))
+                return _totals(Path(folder)), failed | {figure: error for figure, _, error in lines if error}
         if done.returncode == -signal.SIGILL:
-            unknown = done.stdout.splitlines()[-1]
-            print(f"{unknown}: runs an instruction that this Valgrind does not know", file=sys.stderr)
-            left.remove(unknown)
+            figure = lines[-1][0]
+            failed[figure] = "an instruction that this Valgrind does not know"
+            left.remove(figure)
             done.returncode = 0
     last = done.stdout.splitlines()[-1:] or ["the import of nbnorm"]
     raise RuntimeError(f"{last[0]} ended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -114,14 +118,20 @@ def _requester() -> Callable[..., int]:
 
 
 def main(figures: list[str]) -> None:
-    """Warm up every figure, then, under Valgrind, count one call of each."""
+    """Warm up every figure, then, under Valgrind, count one call of each. Tells the figure at hand, and errors."""
     from .instructions import runner_of  # noqa: PLC0415  which imports this module
 
     runs = {}
     for figure in figures:
-        print(figure, flush=True)  # for who wants to know at which one it ended
-        with contextlib.suppress(NotImplementedError):
-            runs[figure] = runner_of(figure)
+        print(figure, flush=True)
+        try:
+            run = runner_of(figure)
+            run()  # a second time: it may be another path
+            runs[figure] = run
+        except NotImplementedError:
+            continue
+        except Exception as error:  # noqa: BLE001  the others can be counted
+            print(f"{figure}\t{type(error).__name__}: {error}".replace("\n", " "), flush=True)
     request = _requester()
     if not request(RUNNING_ON_VALGRIND):
         return

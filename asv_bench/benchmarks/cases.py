@@ -35,8 +35,9 @@ class Case:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Those that batch norm reduces where channels are on axis 1, else the last one: for the NumPy norm beside it."""
-        return tuple(axis for axis in range(len(self.shape)) if axis != 1) if self.channel == 1 else (-1,)
+        """What the NumPy norm beside it reduces: of images all axes but the channels', of rows the last one."""
+        dims = len(self.shape)
+        return tuple(axis for axis in range(dims) if axis != self.channel % dims) if dims == 4 else (-1,)
 
 
 TRAINING = {"training": True}
@@ -68,7 +69,7 @@ CASES = {
     "rms_norm": Case("rms_norm"),
     "add_rms_norm": Case("add_rms_norm"),
     "norm_dropout": Case("norm_dropout", options={"p": 0.1, "seed": 0}),
-    "weight_standardization": Case("weight_standardization", KERNEL),
+    "weight_standardization": Case("weight_standardization", KERNEL, channel=0),
     "local_response_norm": Case("local_response_norm", IMAGES, channel=1),
     "normalize": Case("normalize"),
     "moments": Case("moments"),

@@ -26,12 +26,23 @@ def runner_of(figure: str) -> Run:
     return call(name, backend) if kind == "call" else runner(kind, name, backend)
 
 
-def setup_cache() -> dict[str, int]:
+Counts = tuple[dict[str, int], dict[str, str]]
+
+
+def setup_cache() -> Counts:
     """All counts: one process counts them."""
-    return {} if callgrind.absence() else callgrind.count(FIGURES)
+    return ({}, {}) if callgrind.absence() else callgrind.count(FIGURES)
 
 
 setup_cache.timeout = 1800  # type: ignore[attr-defined]
+
+
+def _of(counts: Counts, kind: str, name: str, backend: str) -> float:
+    found, failed = counts
+    figure = f"{kind}|{name}|{backend}"
+    if figure in failed:
+        raise RuntimeError(failed[figure])
+    return found.get(figure, math.nan)
 
 
 class Forward:
@@ -39,8 +50,8 @@ class Forward:
     param_names = ("case", "backend")
     unit = "instructions"
 
-    def track_instructions_forward(self, counts: dict[str, int], case: str, backend: str) -> float:
-        return counts.get(f"forward|{case}|{backend}", math.nan)
+    def track_instructions_forward(self, counts: Counts, case: str, backend: str) -> float:
+        return _of(counts, "forward", case, backend)
 
 
 class Backward:
@@ -48,8 +59,8 @@ class Backward:
     param_names = ("case", "backend")
     unit = "instructions"
 
-    def track_instructions_backward(self, counts: dict[str, int], case: str, backend: str) -> float:
-        return counts.get(f"backward|{case}|{backend}", math.nan)
+    def track_instructions_backward(self, counts: Counts, case: str, backend: str) -> float:
+        return _of(counts, "backward", case, backend)
 
 
 class Calls:
@@ -57,5 +68,5 @@ class Calls:
     param_names = ("call", "backend")
     unit = "instructions"
 
-    def track_instructions_call(self, counts: dict[str, int], name: str, backend: str) -> float:
-        return counts.get(f"call|{name}|{backend}", math.nan)
+    def track_instructions_call(self, counts: Counts, name: str, backend: str) -> float:
+        return _of(counts, "call", name, backend)
