@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from .cases import Measured, on_path
+
 # A client request of Valgrind on x86-64, as a function of (address of request and arguments, default result): rax and
 # rdx are loaded, then come the rotations and the exchange that Valgrind knows it by and a processor does nothing at
 # (valgrind.h, "__SPECIAL_INSTRUCTION_PREAMBLE"). So no C compiler is needed.
@@ -50,7 +52,7 @@ def absence() -> str | None:
     return None
 
 
-def count(figures: Collection[str], timeout: float = 1800) -> tuple[dict[str, int], dict[str, str]]:
+def count(figures: Collection[str], timeout: float = 1800) -> Measured:
     """Instructions by figure, and what was raised by those that failed.
 
     Figures are "kind|name|backend", as `benchmarks.instructions` lists them; in neither are those that this version
@@ -62,9 +64,7 @@ def count(figures: Collection[str], timeout: float = 1800) -> tuple[dict[str, in
         If the process ends otherwise than it should, with what it wrote.
     """
     left = list(figures)
-    environment = os.environ | FIXED
-    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    environment = on_path(os.environ | FIXED)
     done = _run([], left, environment, timeout)  # fills the kernel cache: Valgrind makes compiling ten times as long
     failed = {}
     while not done.returncode:
@@ -90,9 +90,9 @@ def _run(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def _totals(folder: Path) -> dict[str, int]:
+def _totals(folder: Path) -> dict[str, float]:
     """What callgrind dumped, by the names that it was given."""
-    found = {}
+    found: dict[str, float] = {}
     for path in folder.iterdir():
         text = path.read_text()
         name = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)

@@ -83,7 +83,7 @@ def call(name: str, backend: str) -> Run:
 
 
 class Calls:
-    """A thousand calls: asv calls a benchmark that has a setup once a sample, and one call is too short for the clock."""
+    """A thousand calls: asv times each call of a benchmark with a setup alone, and one is too short for the clock."""
 
     params = (list(CALLS), BACKENDS)
     param_names = ("call", "backend")

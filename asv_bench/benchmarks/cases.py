@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 import nbnorm
 
 Run = Callable[[], Any]
+Measured = tuple[dict[str, float], dict[str, str]]  # values by figure, and errors of those that failed
 ROWS, IMAGES, KERNEL = (256, 1024), (16, 64, 16, 16), (256, 64, 4, 4)  # 1 MiB of float32: in a second-level cache
 LARGE_ROWS, LARGE_IMAGES = (4096, 4096), (32, 64, 64, 128)  # 64 MiB: in no cache
 LARGE = 1 << 24  # elements
@@ -109,6 +112,20 @@ def runner(kind: str, name: str, backend: str) -> Run:
     except nbnorm.BackendError as error:
         raise NotImplementedError(f"{name}: {error}") from error
     return run
+
+
+def value_of(measured: Measured, figure: str) -> float:
+    """NaN, which asv shows as "n/a", for what this version does not have."""
+    values, failed = measured
+    if figure in failed:
+        raise RuntimeError(f"{figure}: {failed[figure]}")
+    return values.get(figure, math.nan)
+
+
+def on_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child that imports these benchmarks."""
+    folders = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def _forward(op: Callable[..., Any], args: tuple[Any, ...], keys: dict[str, Any], backend: str) -> Run:

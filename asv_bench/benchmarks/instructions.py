@@ -6,8 +6,7 @@ import math
 
 from . import callgrind
 from .calls import CALLS, call
-from .cases import BACKENDS, BACKWARD, CASES, FORWARD, LARGE, Run, runner
-
+from .cases import BACKENDS, BACKWARD, CASES, FORWARD, LARGE, Measured, Run, runner, value_of
 
 UNKNOWN = ["normalize"]  # Valgrind 3.19 does not know all that LLVM makes of it: vmovq between registers
 
@@ -26,10 +25,7 @@ def runner_of(figure: str) -> Run:
     return call(name, backend) if kind == "call" else runner(kind, name, backend)
 
 
-Counts = tuple[dict[str, int], dict[str, str]]
-
-
-def setup_cache() -> Counts:
+def setup_cache() -> Measured:
     """All counts: one process counts them."""
     return ({}, {}) if callgrind.absence() else callgrind.count(FIGURES)
 
@@ -37,21 +33,13 @@ def setup_cache() -> Counts:
 setup_cache.timeout = 1800  # type: ignore[attr-defined]
 
 
-def _of(counts: Counts, kind: str, name: str, backend: str) -> float:
-    found, failed = counts
-    figure = f"{kind}|{name}|{backend}"
-    if figure in failed:
-        raise RuntimeError(failed[figure])
-    return found.get(figure, math.nan)
-
-
 class Forward:
     params = (KINDS["forward"], BACKENDS)
     param_names = ("case", "backend")
     unit = "instructions"
 
-    def track_instructions_forward(self, counts: Counts, case: str, backend: str) -> float:
-        return _of(counts, "forward", case, backend)
+    def track_instructions_forward(self, counts: Measured, case: str, backend: str) -> float:
+        return value_of(counts, f"forward|{case}|{backend}")
 
 
 class Backward:
@@ -59,8 +47,8 @@ class Backward:
     param_names = ("case", "backend")
     unit = "instructions"
 
-    def track_instructions_backward(self, counts: Counts, case: str, backend: str) -> float:
-        return _of(counts, "backward", case, backend)
+    def track_instructions_backward(self, counts: Measured, case: str, backend: str) -> float:
+        return value_of(counts, f"backward|{case}|{backend}")
 
 
 class Calls:
@@ -68,5 +56,5 @@ class Calls:
     param_names = ("call", "backend")
     unit = "instructions"
 
-    def track_instructions_call(self, counts: Counts, name: str, backend: str) -> float:
-        return _of(counts, "call", name, backend)
+    def track_instructions_call(self, counts: Measured, name: str, backend: str) -> float:
+        return value_of(counts, f"call|{name}|{backend}")

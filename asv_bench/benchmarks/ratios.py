@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Collection
 from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .cases import BACKENDS, BACKWARD, CASES, FORWARD, LARGE, Case, Run, normal, runner
+from .cases import (
+    BACKENDS,
+    BACKWARD,
+    CASES,
+    FORWARD,
+    LARGE,
+    Case,
+    Measured,
+    Run,
+    normal,
+    on_path,
+    runner,
+    value_of,
+)
 
 EPS = 1e-5
 PAIRS = 31
 FEW = 7  # pairs of cases whose call takes 0.1 s or more
+# Two runs of one code with two threads on two busy cores: 28 of 70 ratios differed by more than 1.3. With one thread
+# none did, and half by less than 1.06. Without malloc's settings torch's differed by up to 4: it may map blocks anew.
+STEADY = {
+    "NBNORM_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
 TORCH = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "layer_norm large", "rms_norm"]
 
 
@@ -24,7 +51,8 @@ def _timer() -> ModuleType:
     """The paired timer of this checkout, also where the library that is measured is an older one."""
     path = Path(__file__).parents[2] / "nbnorm" / "measure.py"
     spec = importlib.util.spec_from_loader("checkout_measure", SourceFileLoader("checkout_measure", str(path)))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,15 +83,10 @@ def numpy_norm(kind: str, case: Case) -> Run:
 
 
 def torch_norm(kind: str, case: Case) -> Run:
-    """torch's own norm, eager, with as many threads; NotImplementedError where torch is not installed."""
-    try:
-        import torch  # noqa: PLC0415  a peer may be absent
-        import torch.nn.functional as F  # noqa: PLC0415
-    except ImportError as error:
-        raise NotImplementedError("torch is not installed") from error
-    from nbnorm.parallel import thread_count  # noqa: PLC0415  as torch, only here
+    """torch's own norm, eager."""
+    import torch  # noqa: PLC0415  a peer may be absent
+    import torch.nn.functional as F  # noqa: PLC0415
 
-    torch.set_num_threads(thread_count())
     x, dy = torch.from_numpy(normal(case, 0)), torch.from_numpy(normal(case, 1))
     size = case.shape[case.channel]
     w, b, mean, var = torch.ones(size), torch.zeros(size), torch.zeros(size), torch.ones(size)
@@ -84,8 +107,7 @@ def torch_norm(kind: str, case: Case) -> Run:
 PEERS = {"numpy": numpy_norm, "torch": torch_norm}
 
 
-@functools.cache
-def ratio(kind: str, name: str, backend: str, peer: str, pairs: int = PAIRS) -> float:
+def ratio(peer: str, kind: str, name: str, backend: str, pairs: int) -> float:
     """Our time over the peer's, as the median of the pairs: lower is better."""
     case = CASES[name]
     ours, theirs = runner(kind, name, backend), PEERS[peer](kind, case)
@@ -93,47 +115,83 @@ def ratio(kind: str, name: str, backend: str, peer: str, pairs: int = PAIRS) -> 
     return float(compare(theirs, ours, pairs=min(FEW, pairs) if few else pairs).ratios[1])
 
 
-class _Ratio:
-    param_names = ("case", "backend")
-    timeout = 300
-    kind, peer = "forward", "numpy"
+def measure(figures: Collection[str], pairs: int = PAIRS, timeout: float = 1800) -> Measured:
+    """Ratios by figure, "peer|kind|name|backend", in one process of one thread, and what was raised."""
+    command = [sys.executable, "-m", "benchmarks.ratios", str(pairs), *figures]
+    environment = on_path(os.environ | STEADY)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring ratios ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    values, failed = json.loads(done.stdout)
+    return values, failed
 
-    def setup(self, case: str, backend: str) -> None:
-        """What a version does not have is "n/a" only if setup finds it."""
-        runner(self.kind, case, backend)
-        PEERS[self.peer](self.kind, CASES[case])
+
+def main(pairs: int, figures: list[str]) -> None:
+    values: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for figure in figures:
+        peer, kind, name, backend = figure.split("|")
+        try:
+            values[figure] = ratio(peer, kind, name, backend, pairs)
+        except NotImplementedError:
+            continue
+        except Exception as error:  # noqa: BLE001  the others can be measured
+            failed[figure] = f"{type(error).__name__}: {error}"
+    print(json.dumps([values, failed]))
 
 
-class NumPyForward(_Ratio):
+KINDS = {"forward": FORWARD, "backward": BACKWARD}
+FIGURES = [
+    f"{peer}|{kind}|{name}|{backend}"
+    for kind, names in KINDS.items()
+    for peer, known in {"numpy": names, "torch": TORCH if find_spec("torch") else []}.items()
+    for name in known
+    for backend in BACKENDS
+]
+
+
+def setup_cache() -> Measured:
+    return measure(FIGURES)
+
+
+setup_cache.timeout = 1800  # type: ignore[attr-defined]
+
+
+class NumPyForward:
     params = (FORWARD, BACKENDS)
+    param_names = ("case", "backend")
     unit = "times of a norm in NumPy"
 
-    def track_ratio_numpy_forward(self, case: str, backend: str) -> float:
-        return ratio("forward", case, backend, "numpy")
+    def track_ratio_numpy_forward(self, measured: Measured, case: str, backend: str) -> float:
+        return value_of(measured, f"numpy|forward|{case}|{backend}")
 
 
-class NumPyBackward(_Ratio):
+class NumPyBackward:
     params = (BACKWARD, BACKENDS)
+    param_names = ("case", "backend")
     unit = "times of a norm's gradient in NumPy"
-    kind = "backward"
 
-    def track_ratio_numpy_backward(self, case: str, backend: str) -> float:
-        return ratio("backward", case, backend, "numpy")
+    def track_ratio_numpy_backward(self, measured: Measured, case: str, backend: str) -> float:
+        return value_of(measured, f"numpy|backward|{case}|{backend}")
 
 
-class TorchForward(_Ratio):
+class TorchForward:
     params = (TORCH, BACKENDS)
+    param_names = ("case", "backend")
     unit = "times of torch"
-    peer = "torch"
 
-    def track_ratio_torch_forward(self, case: str, backend: str) -> float:
-        return ratio("forward", case, backend, "torch")
+    def track_ratio_torch_forward(self, measured: Measured, case: str, backend: str) -> float:
+        return value_of(measured, f"torch|forward|{case}|{backend}")
 
 
-class TorchBackward(_Ratio):
+class TorchBackward:
     params = (TORCH, BACKENDS)
+    param_names = ("case", "backend")
     unit = "times of torch"
-    kind, peer = "backward", "torch"
 
-    def track_ratio_torch_backward(self, case: str, backend: str) -> float:
-        return ratio("backward", case, backend, "torch")
+    def track_ratio_torch_backward(self, measured: Measured, case: str, backend: str) -> float:
+        return value_of(measured, f"torch|backward|{case}|{backend}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
