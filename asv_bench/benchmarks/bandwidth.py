@@ -9,7 +9,7 @@ import numpy as np
 
 from nbnorm.parallel import thread_count
 
-from .cases import BACKENDS, CASES, Run, runner
+from .cases import BACKENDS, CASES, VERSION, Run, runner
 from .ratios import compare
 
 LARGE_CASES = [name for name in CASES if name.endswith(" large")]
@@ -31,6 +31,7 @@ def fraction(kind: str, name: str, backend: str) -> float:
 
 
 class Bandwidth:
+    version = VERSION
     params = (LARGE_CASES, BACKENDS)
     param_names = ("case", "backend")
     unit = "of the speed of a copy"

@@ -10,7 +10,7 @@ import numpy as np
 
 import nbnorm
 
-from .cases import BACKENDS, Run
+from .cases import BACKENDS, VERSION, Run
 
 REPEATS = 1000
 
@@ -85,6 +85,7 @@ def call(name: str, backend: str) -> Run:
 class Calls:
     """A thousand calls: asv times each call of a benchmark with a setup alone, and one is too short for the clock."""
 
+    version = VERSION
     params = (list(CALLS), BACKENDS)
     param_names = ("call", "backend")
     repeat = (3, 20, 1.0)

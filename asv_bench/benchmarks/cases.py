@@ -23,6 +23,7 @@ Measured = tuple[dict[str, float], dict[str, str]]  # values by figure, and erro
 ROWS, IMAGES, KERNEL = (256, 1024), (16, 64, 16, 16), (256, 64, 4, 4)  # 1 MiB of float32: in a second-level cache
 LARGE_ROWS, LARGE_IMAGES = (4096, 4096), (32, 64, 64, 128)  # 64 MiB: in no cache
 LARGE = 1 << 24  # elements
+VERSION = "1"  # of every benchmark, in place of asv's digest of its source: results are kept while it stays
 ARRAY = object()  # for an option that is an array: made for the case
 
 

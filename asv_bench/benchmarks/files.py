@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .cases import VERSION
+
 try:
     from nbnorm import stream
 except ImportError:  # before 0.3.0
@@ -16,6 +18,8 @@ SHAPE = (64, 64, 128, 64)  # 128 MiB of float32, which the page cache holds
 
 class Files:
     """asv runs setup_cache in a folder of its own, which it removes."""
+
+    version = VERSION
 
     def setup_cache(self) -> str:
         path = Path("population.npy").resolve()

@@ -6,7 +6,7 @@ import math
 
 from . import callgrind
 from .calls import CALLS, call
-from .cases import BACKENDS, BACKWARD, CASES, FORWARD, LARGE, Measured, Run, runner, value_of
+from .cases import BACKENDS, BACKWARD, CASES, FORWARD, LARGE, VERSION, Measured, Run, runner, value_of
 
 UNKNOWN = ["normalize"]  # Valgrind 3.19 does not know all that LLVM makes of it: vmovq between registers
 
@@ -34,6 +34,7 @@ setup_cache.timeout = 1800  # type: ignore[attr-defined]
 
 
 class Forward:
+    version = VERSION
     params = (KINDS["forward"], BACKENDS)
     param_names = ("case", "backend")
     unit = "instructions"
@@ -43,6 +44,7 @@ class Forward:
 
 
 class Backward:
+    version = VERSION
     params = (KINDS["backward"], BACKENDS)
     param_names = ("case", "backend")
     unit = "instructions"
@@ -52,6 +54,7 @@ class Backward:
 
 
 class Calls:
+    version = VERSION
     params = (KINDS["call"], BACKENDS)
     param_names = ("call", "backend")
     unit = "instructions"

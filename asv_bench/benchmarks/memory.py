@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .cases import BACKENDS, CASES, runner
+from .cases import BACKENDS, CASES, VERSION, runner
 
 NAMES = [name for name in CASES if name.endswith(" large")]
 
 
 class Memory:
+    version = VERSION
     params = (NAMES, BACKENDS)
     param_names = ("case", "backend")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .cases import BACKENDS, BACKWARD, FORWARD, runner
+from .cases import BACKENDS, BACKWARD, FORWARD, VERSION, runner
 
 
 class Forward:
     """asv runs setup before each timed call; the runner that it returns has been warmed up and is made once."""
 
+    version = VERSION
     params = (FORWARD, BACKENDS)
     param_names = ("case", "backend")
     repeat = (3, 20, 0.5)
@@ -20,6 +21,7 @@ class Forward:
 
 
 class Backward:
+    version = VERSION
     params = (BACKWARD, BACKENDS)
     param_names = ("case", "backend")
     repeat = (3, 20, 0.5)

@@ -23,6 +23,7 @@ from .cases import (
     CASES,
     FORWARD,
     LARGE,
+    VERSION,
     Case,
     Measured,
     Run,
@@ -158,6 +159,7 @@ setup_cache.timeout = 1800  # type: ignore[attr-defined]
 
 
 class NumPyForward:
+    version = VERSION
     params = (FORWARD, BACKENDS)
     param_names = ("case", "backend")
     unit = "times of a norm in NumPy"
@@ -167,6 +169,7 @@ class NumPyForward:
 
 
 class NumPyBackward:
+    version = VERSION
     params = (BACKWARD, BACKENDS)
     param_names = ("case", "backend")
     unit = "times of a norm's gradient in NumPy"
@@ -176,6 +179,7 @@ class NumPyBackward:
 
 
 class TorchForward:
+    version = VERSION
     params = (TORCH, BACKENDS)
     param_names = ("case", "backend")
     unit = "times of torch"
@@ -185,6 +189,7 @@ class TorchForward:
 
 
 class TorchBackward:
+    version = VERSION
     params = (TORCH, BACKENDS)
     param_names = ("case", "backend")
     unit = "times of torch"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .cases import VERSION
+
 FIRST = "nbnorm.layer_norm(x, 64)"
 ARRAY = "import numpy as np, nbnorm; x = np.ones((8, 64), 'f4')"
 
@@ -22,5 +24,6 @@ def timeraw_first_call_cold() -> tuple[str, str]:
 
 
 for benchmark in (timeraw_import, timeraw_first_call, timeraw_first_call_cold):
+    benchmark.version = VERSION  # type: ignore[attr-defined]
     benchmark.repeat = 3  # type: ignore[attr-defined]
     benchmark.number = 1  # type: ignore[attr-defined]
