@@ -61,8 +61,8 @@ class Row:
 
 
 def compare(base: Mapping[str, float], head: Mapping[str, float], expected: Collection[str]) -> list[Row]:
-    """A row for each benchmark that is expected or that the base has, in that order."""
-    return [Row(name, base.get(name), head.get(name)) for name in dict.fromkeys([*expected, *base])]
+    """A row for each benchmark that is expected or that a side has."""
+    return [Row(name, base.get(name), head.get(name)) for name in dict.fromkeys([*expected, *base, *head])]
 
 
 def exit_code(rows: Collection[Row]) -> int:
@@ -88,7 +88,7 @@ class Side:
 
     def measure(self, names: Collection[str], quick: bool) -> dict[str, Any]:
         """Measure these in a process of its own; returns what `benchmarks.gated` wrote."""
-        path = os.pathsep.join([str(self.folder), str(HERE)])
+        path = os.pathsep.join(filter(None, [str(self.folder), str(HERE), os.environ.get("PYTHONPATH")]))
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(scratch, "result.json")
             command = [sys.executable, "-m", "benchmarks.gated", str(result), *(["--quick"] if quick else [])]

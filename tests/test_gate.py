@@ -101,6 +101,21 @@ def test_without_valgrind_it_fails_in_ci_and_warns_elsewhere(repository: Path, t
     assert "1 benchmarks: nothing is slower" in lax.stdout
 
 
+@pytest.mark.slow
+def test_a_plugin_is_compared_by_name(repository: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    shutil.copytree(ROOT / "tests" / "plugin_package", tmp_path / "source")
+    subprocess.run([*pip, "--target", str(tmp_path / "plugin"), str(tmp_path / "source")], check=True)
+    done = run_gate(
+        repository,
+        *("HEAD", "--quick", "--only", "ratio_numpy_forward.layer_norm, longdouble"),
+        PYTHONPATH=str(tmp_path / "plugin"),
+        NBNORM_BENCH_BACKENDS="longdouble",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 benchmarks: nothing is slower" in done.stdout
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """The working tree, as the one commit of a repository."""
