@@ -165,9 +165,9 @@ def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, co
             console.print(f"measured again: {', '.join(doubtful)}")
             again(before, after, doubtful, quick)
             rows = compare(before.values, after.values, expected)
-        for side, failed in (("base", before.failed), ("head", after.failed)):
+        for which, failed in (("base", before.failed), ("head", after.failed)):
             for name, error in failed.items():
-                console.print(f"{side}: {name}: {error}", markup=False)
+                console.print(f"{which}: {name}: {error}", markup=False)
         return rows
 
 
