@@ -74,7 +74,7 @@ def count(figures: Collection[str], timeout: float = 1800) -> Measured:
             lines = [line.partition("\t") for line in done.stdout.splitlines()]
             if not done.returncode:
                 return _totals(Path(folder)), failed | {figure: error for figure, _, error in lines if error}
-        if done.returncode == -signal.SIGILL:
+        if done.returncode == -signal.SIGILL and lines:
             figure = lines[-1][0]
             failed[figure] = "an instruction that this Valgrind does not know"
             left.remove(figure)
