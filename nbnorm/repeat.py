@@ -17,7 +17,6 @@ from nbnorm.backend import Backend, Epilogue
 from nbnorm.engine import Call, Operand
 from nbnorm.layout import Plan
 
-ARRAYS = ("x", "weight", "bias")
 STATISTICS = ("running_mean", "running_var")
 # Types whose values stay as they are, and of whose equal values nobody can tell which was given.
 CONSTANT = {int, float, bool, str, type(None), np.int64, np.float32, np.float64}
@@ -100,7 +99,9 @@ def remember(
     def place(name: str) -> Place:
         return names.index(name) if name in names[: len(args)] else name if name in kwargs else None
 
-    places = place("x"), place("weight"), place("bias")
+    # x is called weight in weight_standardization, which has no parameters
+    weight, bias = (place(name) if getattr(call, name) is not None else None for name in ("weight", "bias"))
+    places = place(names[0]), weight, bias
     found: Remembered | None = None
     if call.running is not None or call.fixed is not None:
         again = repeated_with_statistics(call)

@@ -59,6 +59,9 @@ def test_weight_standardization(axis: int, backend: str) -> None:
     expected = norm("layer_norm", kernel, eps=1e-3, dy=dy, axes=axes)
     np.testing.assert_allclose(y, expected.y.astype(float), rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(pullback(dy).x, expected.dx.astype(float), rtol=1e-12, atol=1e-13)
+    for _ in range(3):  # the later calls are remembered
+        again = nbnorm.weight_standardization(kernel, 1e-3, axis=axis, backend=backend)
+        np.testing.assert_array_equal(again, y)
 
 
 def test_lengths_to_mask() -> None:

@@ -1,0 +1,1 @@
+"""The benchmarks that asv runs, and the gate: see docs/benchmarking.md."""
