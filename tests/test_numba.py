@@ -192,7 +192,7 @@ def test_an_interrupt_while_helpers_are_called_waits_for_them() -> None:
 def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:
     pause = ctypes.CDLL(None).usleep
     pause.argtypes = [ctypes.c_uint]
-    pool, seen, long = Pool(2), np.zeros(1000, np.int64), np.zeros(2, np.int64)
+    pool, seen, long = Pool(2), np.zeros(20, np.int64), np.zeros(2, np.int64)
     pool.run(slow, 2, (pause, seen), parallel=False)
 
     @njit(nogil=True)
@@ -207,7 +207,7 @@ def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:
         while not long.all():
             time.sleep(0.001)
         gone = weakref.ref(seen)
-        pool.run(slow, 1000, (pause, seen), parallel=True)
+        pool.run(slow, 20, (pause, seen), parallel=True)
         del seen
         assert gone() is None
         assert not busy.done()
