@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +115,18 @@ def test_ratios_are_told_by_figure() -> None:
     found, failed = ratios.measure(["numpy|forward|layer_norm|numba", "numpy|forward|no_such_case|numpy"], pairs=3)
     assert 0 < found["numpy|forward|layer_norm|numba"] < 10
     assert failed == {"numpy|forward|no_such_case|numpy": "KeyError: 'no_such_case'"}
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize("path", sorted(ASV_BENCH.glob("results/epyc-2core/*-*.json")), ids=lambda path: path.name[:8])
+def test_results_that_were_kept_have_benchmarks_and_parameters_that_still_exist(path: Path) -> None:
+    kept = json.loads(path.read_text())
+    assert {"cpu", "num_cpu", "ram", "numba", "numpy"} <= kept["params"].keys()
+    for name, row in kept["results"].items():
+        module, *attributes = name.split(".")
+        found: Any = import_module(f"benchmarks.{module}")
+        for attribute in attributes:
+            owner, found = found, getattr(found, attribute)
+        now = [[repr(value) for value in values] for values in getattr(owner, "params", ())]
+        before = dict(zip(kept["result_columns"], row))["params"]
+        assert all(set(values) <= set(known) for values, known in zip(before, now, strict=True)), name

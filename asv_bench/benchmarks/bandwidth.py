@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-
-from nbnorm.parallel import thread_count
 
 from .cases import BACKENDS, CASES, VERSION, Run, runner
 from .ratios import compare
@@ -20,7 +19,7 @@ PAIRS = 9
 def copy_of(floats: int) -> Run:
     """Copies so many float32, a share in each thread."""
     source, target = np.ones(floats, np.float32), np.ones(floats, np.float32)
-    shares = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(floats), thread_count())]
+    shares = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(floats), len(os.sched_getaffinity(0)))]
     pool = ThreadPoolExecutor(len(shares))
     return lambda: list(pool.map(lambda share: np.copyto(target[share], source[share]), shares))
 
