@@ -111,7 +111,10 @@ class Problem:
     """
 
     def __init__(self, case: Case) -> None:
-        needed, memory = math.prod(case.shape) * REFERENCE_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed, memory = (
+            math.prod(case.shape) * REFERENCE_BYTES,
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
         if needed > memory:
             raise ValueError(
                 f"shape {case.shape} takes {needed / 2**30:.0f} GiB with the exact result in float64; "
@@ -134,8 +137,16 @@ class Problem:
 
     def ours(self, backend: str | None = None) -> Contender:
         """Through the public API, with results of its own; on the backend of that name, or the one that is chosen."""
-        case, x, dy = self.case, self.x, self.dy
-        op = getattr(nbnorm, case.op)
+        x, dy = self.x, self.dy
+        op, keys = self._call(backend)
+        if self.case.backward:
+            pullback = nbnorm.vjp(op, x, **keys)[1]
+            return Contender(lambda: pullback(dy), lambda grads: grads.x.astype(np.float64))
+        return Contender(lambda: op(x, **keys), lambda y: y.astype(np.float64))
+
+    def _call(self, backend: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The norm, and its arguments beside x."""
+        case = self.case
         keys: dict[str, Any] = {"weight": self.weight, "bias": self.bias, "eps": EPS}
         if case.op in ROW_NORMS:
             keys["normalized_shape"] = case.shape[-1]
@@ -150,10 +161,13 @@ class Problem:
             if not case.training or (case.op == "batch_norm" and not case.backward):
                 keys |= {"running_mean": self.mean, "running_var": self.var}
         keys |= {key: value for key, value in (("activation", case.activation), ("backend", backend)) if value}
-        if case.backward:
-            pullback = nbnorm.vjp(op, x, **keys)[1]
-            return Contender(lambda: pullback(dy), lambda grads: grads.x.astype(np.float64))
-        return Contender(lambda: op(x, **keys), lambda y: y.astype(np.float64))
+        return getattr(nbnorm, case.op), keys
+
+    def chosen(self, backend: str | None = None) -> str:
+        """The name of the backend of `ours`."""
+        op, keys = self._call(backend)
+        decision = nbnorm.explain(op, self.x, **keys)
+        return str(decision.chosen)
 
     @cached_property
     def exact(self) -> Array:
@@ -180,9 +194,9 @@ class Problem:
             t = t - (0.0 if case.op == "rms_norm" else t.mean(**keep)) - xhat * (t * xhat).mean(**keep)
         return np.asarray(rstd * t).reshape(case.shape)
 
-    def copies(self) -> list[Run]:
-        """Copies of x (sums of x and dy, for a gradient), on all threads, with ordinary and with non-temporal stores;
-        without Numba, NumPy's on one thread."""
+    def copies(self) -> tuple[str, list[Run]]:
+        """Copies of x (sums of x and dy, for a gradient), and who makes them: Numba on all threads, with ordinary and
+        with non-temporal stores, or where it is not installed NumPy, on one thread."""
         words = self.x.nbytes // 4
         x, dy = (array.reshape(-1).view(np.uint8)[: words * 4].view(np.float32) for array in (self.x, self.dy))
         other = dy if self.case.backward else None
@@ -190,9 +204,9 @@ class Problem:
             limits, outputs = (import_module(f"nbnorm_backends.numba_cpu.{name}") for name in ("limits", "outputs"))
         except ImportError:
             out = np.empty_like(x)
-            return [lambda: np.copyto(out, x) if other is None else np.add(x, other, out=out)]
+            return "numpy", [lambda: np.copyto(out, x) if other is None else np.add(x, other, out=out)]
         target = outputs.empty(x.shape, x.dtype)
-        return [partial(limits.move, x, other, target, stream=stream) for stream in (False, True)]
+        return "numba", [partial(limits.move, x, other, target, stream=stream) for stream in (False, True)]
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -276,9 +290,9 @@ def torch_compile(problem: Problem) -> Contender:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise Unavailable(f"torch.compile needs a C++ compiler, and there is no {compiler}")
-    torch, config = import_module("torch"), import_module("torch._functorch.config")
+    torch: Any = import_module("torch")
     torch.compiler.reset()
-    config.donated_buffer = False  # a pullback is called again and again
+    torch._functorch.config.donated_buffer = False  # a pullback is called again and again
     return _torch(problem, partial(torch.compile, fullgraph=True))
 
 
@@ -316,7 +330,7 @@ def jax(problem: Problem) -> Contender:
     jax, jnp = import_module("jax"), import_module("jax.numpy")
     case = problem.case
     along = [-1 if axis == case.channel else 1 for axis in range(len(case.shape))]
-    act = {
+    act: Callable[[Any], Any] = {
         None: lambda z: z,
         "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=LEAK),
         "gelu": partial(jax.nn.gelu, approximate=False),
@@ -347,7 +361,7 @@ def jax(problem: Problem) -> Contender:
         )
         if case.backward:
             function = jax.jit(lambda pullback, dy: pullback(dy))
-            given = jax.jit(lambda *given: jax.vjp(forward, *given)[1])(x, weight, bias), dy
+            given: tuple[Any, ...] = jax.jit(lambda *given: jax.vjp(forward, *given)[1])(x, weight, bias), dy
         else:
             function, given = jax.jit(forward), (x, weight, bias)
     if case.dtype != "float64":
@@ -376,13 +390,14 @@ def onnxruntime(problem: Problem) -> Contender:
     onnx, ort = import_module("onnx"), import_module("onnxruntime")
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     feeds = {"x": problem.x, "weight": problem.weight, "bias": problem.bias}
-    opset, attributes = {
+    known: dict[str, tuple[int, dict[str, Any]]] = {
         "batch_norm": (17, {}),
         "layer_norm": (17, {"axis": -1}),
         "rms_norm": (23, {"axis": -1}),
         "group_norm": (21, {"num_groups": case.num_groups}),
         "instance_norm": (17, {}),
-    }[case.op]
+    }
+    opset, attributes = known[case.op]
     if case.op == "batch_norm":
         feeds |= {"mean": problem.mean, "var": problem.var}
     if case.op == "rms_norm":
