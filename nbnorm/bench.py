@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nbnorm.errors import BackendError
 from nbnorm.measure import Quartiles, compare, noisy, verdict
 from nbnorm.parallel import thread_count
 from nbnorm.peers import PEERS, Case, Problem, Unavailable
@@ -80,6 +81,7 @@ def measure(case: Case, against: Sequence[str], pairs: int, backend: str | None 
     """
     problem = Problem(case)
     ours = problem.ours(backend)
+    ours.run()  # where a case cannot be, nbnorm says why
     error = ours.error(problem.exact)
     copied_by, runs = problem.copies()
     copies = [compare(ours.run, run, pairs=pairs) for run in runs]
@@ -90,10 +92,10 @@ def measure(case: Case, against: Sequence[str], pairs: int, backend: str | None 
     for name in against:
         try:
             peer = PEERS[name].call(problem) if name in PEERS else problem.ours(name)
-        except Unavailable as reason:
+            peer_error = peer.error(problem.exact)
+        except (Unavailable, BackendError) as reason:
             peers[name] = str(reason)
             continue
-        peer_error = peer.error(problem.exact)
         found = compare(ours.run, peer.run, pairs=pairs)
         seconds.append(found.first)
         peers[name] = Timing(
@@ -142,8 +144,8 @@ def save_picture(report: Report, title: str, path: Path) -> None:
         below, median, above = found.ratios
         value = 1.0 if name == "nbnorm" else median
         spread = None if name == "nbnorm" else [[median - below], [above - median]]
-        bar = axes.barh(name, value, xerr=spread, color="tab:blue" if name == "nbnorm" else "tab:orange", capsize=3)
-        axes.bar_label(bar, [f" {found.seconds * 1e3:.3g} ms"], label_type="center", color="white")
+        colour = "tab:blue" if name == "nbnorm" else "tab:orange"
+        axes.barh(f"{name}\n{found.seconds * 1e3:.3g} ms", value, xerr=spread, color=colour, capsize=3)
     axes.axvline(report.ours.copy_fraction, color="black", linestyle="--", label="a copy of as many bytes")
     axes.invert_yaxis()
     axes.set(xlabel="time over that of nbnorm, with quartiles", title=title)

@@ -354,7 +354,7 @@ def _remarks(report: Report) -> Iterator[str]:
     for name, found in report.peers.items():
         if not isinstance(found, Timing):
             yield f"{name}: {found}"
-    yield f"nbnorm: backend {report.backend}; ratio: time over nbnorm's, in {report.pairs} pairs, its own being the noise"
+    yield f"nbnorm: backend {report.backend}; ratio: time over nbnorm's in {report.pairs} pairs, its own is the noise"
     if report.copied_by == "numpy":
         yield "copy: by NumPy, on one thread, for want of Numba"
     if report.noisy:

@@ -78,7 +78,7 @@ def verdict(ratios: Quartiles, noise: Quartiles) -> str:
     -------
     str
         "faster" or "slower", of the first call, where the quartiles of both lie apart. Where they overlap, "too noisy
-        to tell" if the upper quartile of `noise` is more than 1.25 times the lower, else "too close to tell".
+        to tell" if the upper quartile of either is more than 1.25 times its lower, else "too close to tell".
 
     Examples
     --------
@@ -92,12 +92,12 @@ def verdict(ratios: Quartiles, noise: Quartiles) -> str:
         return "faster"
     if ratios[2] < noise[0]:
         return "slower"
-    return "too noisy to tell" if noisy(noise) else "too close to tell"
+    return "too noisy to tell" if noisy(noise) or noisy(ratios) else "too close to tell"
 
 
-def noisy(noise: Quartiles) -> bool:
-    """Whether a call, timed against itself, differs by so much that a machine is too noisy for small differences."""
-    return noise[2] > NOISY * noise[0]
+def noisy(ratios: Quartiles) -> bool:
+    """Whether ratios spread by more than those of a call against itself do on a quiet machine."""
+    return ratios[2] > NOISY * ratios[0]
 
 
 def _repeats(call: Callable[[], Any]) -> int:

@@ -195,9 +195,9 @@ class Problem:
         return np.asarray(rstd * t).reshape(case.shape)
 
     def copies(self) -> tuple[str, list[Run]]:
-        """Copies of x (sums of x and dy, for a gradient), and who makes them: Numba on all threads, with ordinary and
-        with non-temporal stores, or where it is not installed NumPy, on one thread."""
-        words = self.x.nbytes // 4
+        """Copies of x (sums of x and dy, for a gradient), and who makes them: Numba on all threads, with ordinary and,
+        from 16 KiB on, with non-temporal stores; where it is not installed NumPy, on one thread."""
+        words = max(self.x.nbytes // 64 * 16, 1)  # whole cache lines
         x, dy = (array.reshape(-1).view(np.uint8)[: words * 4].view(np.float32) for array in (self.x, self.dy))
         other = dy if self.case.backward else None
         try:
@@ -206,7 +206,8 @@ class Problem:
             out = np.empty_like(x)
             return "numpy", [lambda: np.copyto(out, x) if other is None else np.add(x, other, out=out)]
         target = outputs.empty(x.shape, x.dtype)
-        return "numba", [partial(limits.move, x, other, target, stream=stream) for stream in (False, True)]
+        streams = (False, True) if outputs.streams(target, words, outputs.SMALL) else (False,)
+        return "numba", [partial(limits.move, x, other, target, stream=stream) for stream in streams]
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -330,12 +331,13 @@ def jax(problem: Problem) -> Contender:
     jax, jnp = import_module("jax"), import_module("jax.numpy")
     case = problem.case
     along = [-1 if axis == case.channel else 1 for axis in range(len(case.shape))]
-    act: Callable[[Any], Any] = {
+    known: dict[str | None, Callable[[Any], Any]] = {
         None: lambda z: z,
         "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=LEAK),
         "gelu": partial(jax.nn.gelu, approximate=False),
         "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    }.get(case.activation) or getattr(jax.nn, str(case.activation))
+    }
+    act = known.get(case.activation) or getattr(jax.nn, str(case.activation))
 
     def forward(x: Any, weight: Any, bias: Any) -> Any:
         wide = x.astype(weight.dtype)
@@ -408,14 +410,15 @@ def onnxruntime(problem: Problem) -> Contender:
         nodes += [helper.make_node("Sigmoid", ["z"], ["s"]), helper.make_node("Mul", ["z", "s"], ["y"])]
     elif case.activation:
         opset = max(opset, 20)  # Gelu
-        act, settings = {
+        functions: dict[str, tuple[str, dict[str, Any]]] = {
             "relu": ("Relu", {}),
             "leaky_relu": ("LeakyRelu", {"alpha": LEAK}),
             "gelu": ("Gelu", {}),
             "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
             "sigmoid": ("Sigmoid", {}),
             "tanh": ("Tanh", {}),
-        }[case.activation]
+        }
+        act, settings = functions[case.activation]
         nodes.append(helper.make_node(act, ["z"], ["y"], **settings))
     graph = helper.make_graph(
         nodes,
