@@ -14,30 +14,19 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before any library starts threads
 
-import numpy as np
-
-import nbnorm
-from nbnorm.measure import compare
-from nbnorm.parallel import thread_count
-from nbnorm_backends.numba_cpu import limits, outputs
-
-Run = Callable[[], Any]
-EPS = 1e-5
-THREADS = thread_count()
+from nbnorm.bench import Timing, machine, measure
+from nbnorm.peers import PEERS, Case
 
 
 @dataclass(frozen=True)
@@ -60,18 +49,18 @@ class Cell:
         return f"{self.op.replace('_', ' ')}{kind}{place} {self.shape}{half}".replace(", ", ",")
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes that are reduced, with the channels of groups split."""
-        dims = len(self.shape)
-        if self.op in ("layer_norm", "rms_norm"):
-            return (dims - 1,)
-        if self.op == "batch_norm":
-            return tuple(axis for axis in range(dims) if axis != self.channel)
-        return tuple(range(2, dims + 1))
-
-    @property
-    def channel(self) -> int:
-        return len(self.shape) - 1 if self.last or self.op in ("layer_norm", "rms_norm") else 1
+    def case(self) -> Case:
+        evaluated = self.kind == "eval + ReLU"
+        return Case(
+            self.op,
+            self.shape,
+            self.dtype,
+            channel_axis=-1 if self.last else 1,
+            num_groups=self.groups if self.op == "group_norm" else 0,
+            activation="relu" if evaluated else None,
+            training=not evaluated,
+            backward=self.kind == "backward",
+        )
 
 
 FLOAT32 = (
@@ -102,263 +91,22 @@ HALVES = tuple(
 )
 
 
-class Problem:
-    """The arrays of a cell, our call, and the result in float64."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        rng = np.random.default_rng(0)
-        dtype = cell.dtype
-        if dtype == "bfloat16":
-            import ml_dtypes  # noqa: PLC0415  only these cells need it
-
-            dtype = ml_dtypes.bfloat16
-
-        def normal(*shape: int) -> Any:
-            return rng.standard_normal(shape, np.float32)
-
-        channels = cell.shape[cell.channel]
-        self.x, self.dy = normal(*cell.shape).astype(dtype), normal(*cell.shape).astype(dtype)
-        self.weight, self.bias = normal(channels), normal(channels)  # float32, also beside half types
-        self.mean, self.var = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-        if cell.kind == "eval + ReLU":
-            self.mean, self.var = normal(channels), np.exp(normal(channels))
-
-    def ours(self) -> Run:
-        cell, x = self.cell, self.x
-        op, args, keys = getattr(nbnorm, cell.op), [], {"weight": self.weight, "bias": self.bias}
-        if cell.op == "batch_norm":
-            args = [self.mean, self.var]
-            keys |= {"channel_axis": cell.channel, "training": cell.kind != "eval + ReLU"}
-            if cell.kind == "eval + ReLU":
-                keys["activation"] = "relu"
-        elif cell.op == "group_norm":
-            args = [cell.groups]
-        elif cell.op in ("layer_norm", "rms_norm"):
-            args = [cell.shape[-1]]
-        if cell.op == "rms_norm":
-            del keys["bias"]
-        keys["eps"] = EPS
-        if cell.kind == "backward":
-            if cell.op == "batch_norm":
-                args = []
-            dy, (_, pullback) = self.dy, nbnorm.vjp(op, x, *args, **keys)
-            return lambda: pullback(dy)
-        return lambda: op(x, *args, **keys)
-
-    def _along_channels(self, param: Any, dims: int) -> Any:
-        shape = [1] * dims
-        shape[self.cell.channel] = -1
-        return param.astype("f8").reshape(shape)
-
-    def exact(self) -> Any:
-        """The result (dx, for a pullback) in float64."""
-        cell, x = self.cell, self.x.astype("f8")
-        weight, bias = (self._along_channels(param, x.ndim) for param in (self.weight, self.bias))
-        if cell.kind == "eval + ReLU":
-            mean, var = (self._along_channels(param, x.ndim) for param in (self.mean, self.var))
-            return np.maximum((x - mean) / np.sqrt(var + EPS) * weight + bias, 0)
-        split = x.reshape(x.shape[0], cell.groups, -1, *x.shape[2:]) if cell.groups else x
-        keep = {"axis": cell.axes, "keepdims": True}
-        mean = 0.0 if cell.op == "rms_norm" else split.mean(**keep)
-        rstd = 1 / np.sqrt(((split - mean) ** 2).mean(**keep) + EPS)
-        xhat = (split - mean) * rstd
-        if cell.kind == "backward":
-            t = self.dy.astype("f8") * weight
-            return rstd * (t - t.mean(**keep) - xhat * (t * xhat).mean(**keep))
-        return xhat.reshape(x.shape) * weight + (0.0 if cell.op == "rms_norm" else bias)
-
-    def error(self) -> float:
-        """The largest difference between our result and the exact one."""
-        found = self.ours()()
-        found = found.x if self.cell.kind == "backward" else found
-        return float(np.abs(found.astype("f8") - self.exact()).max())
-
-    def limit(self) -> list[Run]:
-        """The copy (or the sum of two arrays), with ordinary and with non-temporal stores."""
-        x, dy = (array.reshape(-1).view(np.float32) for array in (self.x, self.dy))
-        other = dy if self.cell.kind == "backward" else None
-        target = outputs.empty(x.shape, x.dtype)
-        return [lambda stream=stream: limits.move(x, other, target, stream=stream) for stream in (False, True)]
-
-
-# ---- the peers -------------------------------------------------------------------------------------------------------
-
-
-def torch_function(problem: Problem) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function of tensors, and the tensors."""
-    import torch  # noqa: PLC0415  a peer may be absent
-    import torch.nn.functional as F  # noqa: PLC0415
-
-    torch.set_num_threads(THREADS)
-    torch.set_grad_enabled(False)
-    cell = problem.cell
-
-    def tensor(array: Any) -> Any:
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    x, dy, w, b, mean, var = map(
-        tensor, (problem.x, problem.dy, problem.weight, problem.bias, problem.mean.copy(), problem.var.copy())
-    )
-    if cell.last and x.ndim == 4:
-        x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
-    half = cell.dtype != "float32"
-    if half and cell.op in ("rms_norm",):
-        w, b = w.to(x.dtype), b.to(x.dtype)  # it takes no other
-    if cell.kind == "backward":
-        wide = problem.x.astype("f8")
-        m = wide.mean(cell.axes, keepdims=True)
-        r = 1 / np.sqrt(((wide - m) ** 2).mean(cell.axes, keepdims=True) + EPS)
-        m, r = (tensor(np.ascontiguousarray(part, np.float32)) for part in (m, r))
-        every = [True, True, True]
-        if cell.op == "batch_norm":
-            m, r = m.reshape(-1), r.reshape(-1)
-            backward = torch.ops.aten.native_batch_norm_backward
-            return (lambda g, x: backward(g, x, w, mean, var, m, r, True, EPS, every)), (dy, x)
-        backward = torch.ops.aten.native_layer_norm_backward
-        return (lambda g, x: backward(g, x, (x.shape[-1],), m, r, w, b, every)), (dy, x)
-    if cell.kind == "eval + ReLU":
-        return (lambda x: F.relu(F.batch_norm(x, mean, var, w, b, False, 0.1, EPS))), (x,)
-    size = (cell.shape[-1],)
-    return {
-        "batch_norm": lambda x: F.batch_norm(x, mean, var, w, b, True, 0.1, EPS),
-        "layer_norm": lambda x: F.layer_norm(x, size, w, b, EPS),
-        "rms_norm": lambda x: F.rms_norm(x, size, w, EPS),
-        "group_norm": lambda x: F.group_norm(x, cell.groups, w, b, EPS),
-        "instance_norm": lambda x: F.instance_norm(x, None, None, w, b, True, 0.1, EPS),
-    }[cell.op], (x,)
-
-
-def torch_eager(problem: Problem) -> Run:
-    function, tensors = torch_function(problem)
-    return lambda: function(*tensors)
-
-
-def torch_compile(problem: Problem) -> Run:
-    import torch  # noqa: PLC0415
-
-    function, tensors = torch_function(problem)
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
-    return lambda: compiled(*tensors)
-
-
-def onednn(problem: Problem) -> Run | None:
-    cell = problem.cell
-    if cell.op != "batch_norm" or cell.kind == "backward" or cell.last or len(cell.shape) < 4:
-        return None  # torch hands it nothing else
-    if cell.dtype != "float32":
-        return None
-    function, tensors = torch_function(problem)
-    blocked = [tensor.to_mkldnn() for tensor in tensors]
-    return lambda: function(*blocked)
-
-
-def jax(problem: Problem) -> Run:
-    import jax  # noqa: PLC0415
-    import jax.numpy as jnp  # noqa: PLC0415
-
-    cell = problem.cell
-    dims = problem.x.ndim
-    along = [1] * dims
-    along[cell.channel] = -1
-    w, b, mean, var = (jnp.asarray(p.reshape(along)) for p in (problem.weight, problem.bias, problem.mean, problem.var))
-
-    def stats(x: Any) -> tuple[Any, Any]:
-        m = 0.0 if cell.op == "rms_norm" else x.mean(cell.axes, keepdims=True)
-        return m, jax.lax.rsqrt(((x - m) ** 2).mean(cell.axes, keepdims=True) + EPS)
-
-    def forward(x: Any) -> Any:
-        wide = x.astype(jnp.float32)
-        split = wide.reshape(x.shape[0], cell.groups, -1, *x.shape[2:]) if cell.groups else wide
-        m, r = (mean, jax.lax.rsqrt(var + EPS)) if cell.kind == "eval + ReLU" else stats(split)
-        y = ((split - m) * r).reshape(x.shape) * w + (0.0 if cell.op == "rms_norm" else b)
-        return (jnp.maximum(y, 0) if cell.kind == "eval + ReLU" else y).astype(x.dtype)
-
-    def backward(dy: Any, x: Any, m: Any, r: Any) -> Any:
-        xhat = (x.astype(jnp.float32) - m) * r
-        wide = dy.astype(jnp.float32)
-        t = wide * w
-        k1, k2 = (part.mean(cell.axes, keepdims=True) for part in (t, t * xhat))
-        others = tuple(axis for axis in range(dims) if axis != cell.channel)
-        return (r * (t - k1 - xhat * k2)).astype(x.dtype), (wide * xhat).sum(others), wide.sum(others)
-
-    x = jnp.asarray(problem.x)
-    if cell.kind != "backward":
-        run = jax.jit(forward)
-        return lambda: jax.block_until_ready(run(x))
-    dy, run = jnp.asarray(problem.dy), jax.jit(backward)
-    m, r = jax.jit(stats)(x.astype(jnp.float32))
-    return lambda: jax.block_until_ready(run(dy, x, m, r))
-
-
-def onnxruntime(problem: Problem) -> Run | None:
-    import onnx  # noqa: PLC0415
-    import onnxruntime as ort  # noqa: PLC0415
-    from onnx import helper  # noqa: PLC0415
-
-    cell = problem.cell
-    if cell.kind == "backward" or cell.dtype != "float32" or (cell.op == "batch_norm" and cell.kind == "forward"):
-        return None  # inference only, and what runs here in half types is emulated
-    feeds = {"x": problem.x, "w": problem.weight, "b": problem.bias}
-    opset, attributes, nodes = 17, {"epsilon": EPS}, []
-    if cell.op == "batch_norm":
-        feeds |= {"m": problem.mean, "v": problem.var}
-        nodes = [
-            helper.make_node("BatchNormalization", list(feeds), ["t"], epsilon=EPS),
-            helper.make_node("Relu", ["t"], ["y"]),
-        ]
-    elif cell.op == "rms_norm":
-        del feeds["b"]
-        opset, attributes = 23, {"axis": -1, "epsilon": EPS}
-    elif cell.op == "layer_norm":
-        attributes["axis"] = -1
-    elif cell.op == "group_norm":
-        opset, attributes = 21, {"num_groups": cell.groups, "epsilon": EPS}
-    name = {"rms_norm": "RMSNormalization"}.get(cell.op, cell.op.partition("_")[0].title() + "Normalization")
-    nodes = nodes or [helper.make_node(name, list(feeds), ["y"], **attributes)]
-    kind = onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "cell",
-        [helper.make_tensor_value_info(key, kind, array.shape) for key, array in feeds.items()],
-        [helper.make_tensor_value_info("y", kind, problem.x.shape)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = THREADS
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, feeds)
-
-
-PEERS: dict[str, tuple[Callable[[Problem], Run | None], str]] = {  # with the package that brings each
-    "torch": (torch_eager, "torch"),
-    "compile": (torch_compile, "torch"),
-    "oneDNN": (onednn, "torch"),
-    "JAX": (jax, "jax"),
-    "ORT": (onnxruntime, "onnxruntime"),
-}
+COLUMNS = {"torch": "torch", "compile": "torch.compile", "oneDNN": "onednn", "JAX": "jax", "ORT": "onnxruntime"}
 
 
 # ---- measuring and reporting -----------------------------------------------------------------------------------------
 
 
-def measure(cell: Cell, peers: list[str], pairs: int) -> dict[str, Any]:
+def figures(cell: Cell, peers: list[str], pairs: int) -> dict[str, Any]:
     """One cell in this process: our time, the fraction of the limit, our error, and each peer's ratio."""
-    problem = Problem(cell)
-    ours = problem.ours()
-    found: dict[str, Any] = {"error": problem.error(), "peers": {}}
-    timed = [compare(ours, run, pairs=pairs) for run in problem.limit()]
-    found["ms"] = statistics.median(pair.first for pair in timed) * 1e3
-    found["limit"] = min(pair.ratios[1] for pair in timed)
-    for peer in peers:
-        run = PEERS[peer][0](problem)
-        if run is not None:
-            found["peers"][peer] = compare(ours, run, pairs=pairs).ratios[1]
-    return found
+    report = measure(cell.case, [COLUMNS[peer] for peer in peers], pairs)
+    timed = {peer: report.peers[COLUMNS[peer]] for peer in peers}
+    return {
+        "error": report.ours.error,
+        "peers": {peer: found.ratios[1] for peer, found in timed.items() if isinstance(found, Timing)},
+        "ms": report.ours.seconds * 1e3,
+        "limit": report.ours.copy_fraction,
+    }
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -411,39 +159,25 @@ def table(rows: list[Row], peers: list[str]) -> Iterator[str]:
     yield f"geometric mean against the fastest peer: {mean:.2f}; worst cell: {worst}, {ratios[worst]:.2f}"
 
 
-def machine() -> str:
-    """Date, processor, threads and versions."""
-    info = Path("/proc/cpuinfo")
-    named = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    parts = [date.today().isoformat(), named[0] if named else platform.processor(), f"{THREADS} threads"]
-    for package in ("nbnorm", "numba", "numpy", "torch", "jax", "onnxruntime"):
-        try:
-            parts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            parts.append(f"no {package}")
-    return ", ".join(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few pairs, float32 and torch only")
     parser.add_argument("--processes", type=int, default=1, help="run so often anew, and print the quartiles")
     parser.add_argument("--pairs", type=int, help="pairs a ratio (31, or 7 with --quick)")
     parser.add_argument("--cells", nargs="+", default=[], metavar="WORD", help="only cells whose name has one of these")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, help="only these")
+    parser.add_argument("--peers", nargs="+", choices=COLUMNS, help="only these")
     parser.add_argument(
         "--halves", action="store_true", help="float16 and bfloat16, against torch, in place of float32"
     )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
-    wanted = options.peers or (["torch"] if options.quick or options.halves else list(PEERS))
+    wanted = options.peers or (["torch"] if options.quick or options.halves else list(COLUMNS))
     peers = []
     for peer in wanted:
-        try:
-            version(PEERS[peer][1])
+        if missing := PEERS[COLUMNS[peer]].missing():
+            print(f"{peer} is left out: pip install {' '.join(missing)}", file=sys.stderr)
+        else:
             peers.append(peer)
-        except PackageNotFoundError:
-            print(f"{peer} is left out: pip install {PEERS[peer][1]}", file=sys.stderr)
     if not peers:
         sys.exit("no peer is installed")
     cells = [
@@ -458,7 +192,7 @@ def main() -> None:
     for process in range(options.processes):
         if options.processes == 1:
             for cell in cells:
-                runs[cell.name].append(measure(cell, peers, pairs))
+                runs[cell.name].append(figures(cell, peers, pairs))
                 print(f"{cell.name}: {runs[cell.name][-1]}", file=sys.stderr, flush=True)
         else:
             for name, found in in_a_process(process, peers, pairs, options.halves, options.cells).items():

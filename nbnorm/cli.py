@@ -1,9 +1,11 @@
-"""The `nbnorm` command: `nbnorm demo`, `info`, `warmup`, and for files `stats` and `apply`."""
+"""The `nbnorm` command: `nbnorm demo`, `bench`, `info`, `warmup`, and for files `stats` and `apply`."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import math
 import os
 import platform
 import signal
@@ -17,6 +19,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -31,12 +34,15 @@ from rich.table import Table
 
 import nbnorm
 from nbnorm import state, stream
+from nbnorm.backend import ACTIVATIONS
+from nbnorm.bench import Report, Timing, measure, processor, save_picture
 from nbnorm.containers import container_of
 from nbnorm.demo import picture, training
 from nbnorm.dispatch import BUILT_IN_NAMES, BUILT_IN_ORDER, registry
 from nbnorm.errors import BackendError, StateError
 from nbnorm.files import replacing
 from nbnorm.parallel import available_threads, thread_count
+from nbnorm.peers import PEERS, ROW_NORMS, TRACKED_NORMS, Case
 from nbnorm.warmup import DTYPES, NORMS, warm
 from nbnorm_backends.numba_cpu import store
 
@@ -61,13 +67,15 @@ def options(
 # ---- nbnorm demo -----------------------------------------------------------------------------------------------------
 
 
-def _check_plot(path: Path) -> Path:
-    if path.suffix.lower() not in picture.FORMATS:
+def _check_plot(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in picture.FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(picture.FORMATS)}; got '{path}'")
     return _check_folder(path)
 
 
-def _check_folder(path: Path) -> Path:
+def _check_folder(path: Path | None) -> Path | None:
+    if path is None:
+        return None
     if not os.access(path.parent, os.W_OK) or not path.parent.is_dir():
         raise typer.BadParameter(f"'{path.parent}' is not a folder that can be written to")
     return path
@@ -146,6 +154,216 @@ def warmup(
     console.print(f"cache folder: {_cache()}", soft_wrap=True)
 
 
+# ---- nbnorm bench ----------------------------------------------------------------------------------------------------
+
+# Shapes by name, channels first: each call's own cost; what caches hold; what they do not.
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "rows": {"small": (8, 64), "medium": (1024, 1024), "large": (8192, 4096)},
+    "images": {"small": (2, 64, 4, 4), "medium": (16, 64, 32, 32), "large": (32, 256, 64, 64)},
+}
+FRAMEWORKS = ("torch", "jax", "onnxruntime")  # what is compared with unless something is named
+PICTURE = Path("nbnorm-bench.png")
+
+
+def _check_one(known: Collection[str]) -> Callable[[str | None], str | None]:
+    check = _check_each(known)
+    return lambda name: name if name is None else check([name])[0]
+
+
+def _bad(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"'{option}'")
+
+
+def _check_backend(name: str | None) -> str | None:
+    return _check_one([found.name for found in nbnorm.backends()])(name)
+
+
+def _shape(text: str, op: str, channel_axis: int) -> tuple[int, ...]:
+    """The lengths that a text gives or names; those that it names are for this place of the channels."""
+    named = SHAPES["rows" if op in ROW_NORMS else "images"]
+    if text in named:
+        batch, *rest = named[text]
+        if op not in ROW_NORMS and channel_axis == -1:
+            rest = [*rest[1:], rest[0]]
+        return (batch, *rest)
+    lengths = text.split(",")
+    if not all(length.strip().isdecimal() and int(length) for length in lengths) or len(lengths) < 2:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in named.items())
+        raise _bad("--shape", f"must be two or more lengths, as 32,64,56,56, or one of {shapes}; got {text!r}")
+    return tuple(map(int, lengths))
+
+
+def _rivals(text: str | None) -> list[str]:
+    """The peers and backends to compare with; without any named, the frameworks that are installed."""
+    if text is None:
+        return [name for name in FRAMEWORKS if not PEERS[name].missing()]
+    known = [*PEERS, *(found.name for found in nbnorm.backends())]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise _bad("--against", f"must be of {', '.join(known)}; got {name!r}")
+        if name in PEERS and (missing := PEERS[name].missing()):
+            raise _bad("--against", f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    return list(dict.fromkeys(names))
+
+
+def _use_threads(count: int | None) -> None:
+    """By the affinity of the process: JAX has no other way to be told. Holds for what is loaded from now on."""
+    if count is not None:
+        if count > available_threads():
+            most = available_threads()
+            raise _bad("--threads", f"must be at most the {most} processors that this process may use; got {count}")
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+        os.environ["NBNORM_NUM_THREADS"] = str(count)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Option(callback=_check_one(NORMS), help=", ".join(NORMS) + ".")] = "batch_norm",
+    shape: Annotated[str, typer.Option(help="Lengths, as 32,64,56,56, or small, medium or large.")] = "medium",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Peers ({', '.join(PEERS)}) and backends of nbnorm, with commas between them.",
+            show_default=f"those of {', '.join(FRAMEWORKS)} that are installed",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(callback=_check_one(DTYPES), help=", ".join(DTYPES) + ".")] = "float32",
+    channel_axis: Annotated[int | None, typer.Option(help="The axis of the channels.", show_default="1")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="As --channel-axis -1.")] = False,
+    num_groups: Annotated[
+        int | None, typer.Option(help="Of group_norm.", min=1, show_default="32, or fewer that divide the channels")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(callback=_check_one(ACTIVATIONS), help=", ".join(ACTIVATIONS) + ".")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(callback=_check_one(("train", "eval")), help="train, or eval by running statistics.")
+    ] = "train",
+    backward: Annotated[bool, typer.Option("--backward", help="Time the gradient in place of the forward.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(callback=_check_backend, help="Of nbnorm.", show_default="the one that is chosen")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For nbnorm and its peers.", show_default="all processors")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="How often each pair is timed.")] = 31,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_check_folder, dir_okay=False, help="Where to write the figures.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(callback=_check_plot, dir_okay=False, help="Where to save a picture.", show_default=str(PICTURE)),
+    ] = None,
+) -> None:
+    """Time a norm on this machine, in turn with other libraries, and compare each result with float64."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else a library's threads spin while the next is timed
+    rivals = _rivals(against)
+    _use_threads(threads)
+    if plot is not None and find_spec("matplotlib") is None:
+        sys.exit('nbnorm: --plot needs matplotlib: pip install "nbnorm[demo]"')
+    with _failures_in_one_line():
+        case = _case(op, shape, dtype, channel_axis, channels_last, num_groups, activation, mode, backward)
+        console = _console()
+        report = measure(case, rivals, pairs, backend)
+        console.print(_comparison(report, _title(case)))
+        for line in _remarks(report):
+            console.print(line, soft_wrap=True)
+        if against is None and (absent := [name for name in FRAMEWORKS if name not in rivals]):
+            packages = " ".join(package for name in absent for package in PEERS[name].missing())
+            console.print(f"left out: {', '.join(absent)}: pip install {packages}", soft_wrap=True)
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+            console.print(f"figures: {json_file}", soft_wrap=True)
+        if find_spec("matplotlib") is None:
+            console.print('no picture: pip install "nbnorm[demo]"')
+        else:
+            save_picture(report, _title(case), plot or PICTURE)
+            console.print(f"picture: {plot or PICTURE}", soft_wrap=True)
+
+
+def _case(
+    op: str,
+    shape: str,
+    dtype: str,
+    channel_axis: int | None,
+    channels_last: bool,
+    num_groups: int | None,
+    activation: str | None,
+    mode: str,
+    backward: bool,
+) -> Case:
+    """The case that the options describe; what does not belong to the op is refused."""
+    if channels_last and channel_axis not in (None, -1):
+        raise _bad("--channel-axis", f"must be -1 with --channels-last; got {channel_axis}")
+    if op in ROW_NORMS and (channels_last or channel_axis is not None):
+        raise _bad("--channels-last" if channels_last else "--channel-axis", f"{op} is over the last axis")
+    if op != "group_norm" and num_groups is not None:
+        raise _bad("--num-groups", f"is for group_norm; got {op}")
+    if op not in TRACKED_NORMS and mode == "eval":
+        raise _bad("--mode", f"{op} has no running statistics; {' and '.join(TRACKED_NORMS)} have")
+    axis = -1 if channels_last else 1 if channel_axis is None else channel_axis
+    lengths = _shape(shape, op, axis)
+    if not -len(lengths) <= axis < len(lengths):
+        raise _bad("--channel-axis", f"must be an axis of the shape {lengths}; got {axis}")
+    if op == "group_norm" and num_groups is None:
+        num_groups = math.gcd(32, lengths[axis])
+    return Case(op, lengths, dtype, axis, num_groups or 0, activation, mode == "train", backward)
+
+
+def _title(case: Case) -> str:
+    parts = [f"{case.op} {case.shape} {case.dtype}", "backward" if case.backward else "forward"]
+    if case.op not in ROW_NORMS and case.channel != 1:
+        parts.append(f"channels on axis {case.channel}")
+    if case.op == "group_norm":
+        parts.append(f"{case.num_groups} groups")
+    if case.op in TRACKED_NORMS:
+        parts.append("train" if case.training else "eval")
+    return ", ".join(parts + ([case.activation] if case.activation else []))
+
+
+def _comparison(report: Report, title: str) -> Table:
+    table = Table("", title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.columns[0].no_wrap = True
+    for name in ("time", "ratio (quartiles)", "GB/s", "of a copy", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("nbnorm is")
+    for name, found in {"nbnorm": report.ours, **report.peers}.items():
+        if isinstance(found, Timing):
+            low, median, high = found.ratios
+            table.add_row(
+                name,
+                _time(found.seconds),
+                f"{median:.2f} ({low:.2f} to {high:.2f})",
+                f"{found.gigabytes_per_second:.3g}",
+                f"{found.copy_fraction:.0%}",
+                f"{found.error:.1e}",
+                found.verdict,
+            )
+    return table
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next((scale, unit) for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * scale >= 1)
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def _remarks(report: Report) -> Iterator[str]:
+    """What stands below the table."""
+    low, _, high = report.ours.ratios
+    for name, found in report.peers.items():
+        if not isinstance(found, Timing):
+            yield f"{name}: {found}"
+    yield f"nbnorm: backend {report.backend}; ratio: time over nbnorm's in {report.pairs} pairs, its own is the noise"
+    if report.copied_by == "numpy":
+        yield "copy: by NumPy, on one thread, for want of Numba"
+    if report.noisy:
+        yield (
+            f"This machine is too noisy to tell small differences: nbnorm's own ratio spreads from {low:.2f} to "
+            f"{high:.2f}. End other programs, or give more --pairs."
+        )
+
+
 # ---- nbnorm stats and nbnorm apply -----------------------------------------------------------------------------------
 
 SHOWN = 10  # channels at each end of the table
@@ -161,8 +379,7 @@ def _check_state_path(path: Path | None) -> Path | None:
             container_of(path)
         except StateError as error:
             raise typer.BadParameter(str(error)) from error
-        _check_folder(path)
-    return path
+    return _check_folder(path)
 
 
 @app.command()
@@ -310,7 +527,7 @@ def _facts() -> dict[str, str]:
         "nbnorm": nbnorm.__version__,
         "Python": platform.python_version(),
         **{package: _version(package) for package in ("numpy", "numba", "scipy")},
-        "processor": _processor(),
+        "processor": processor(),
         "threads": _threads(),
         "cache folder": _cache(),
         "dispatch": _dispatch(),
@@ -324,13 +541,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _threads() -> str:
