@@ -209,12 +209,14 @@ def _rivals(text: str | None) -> list[str]:
 
 def _use_threads(count: int | None) -> None:
     """By the affinity of the process: JAX has no other way to be told. Holds for what is loaded from now on."""
-    if count is not None:
-        if count > available_threads():
-            most = available_threads()
-            raise _bad("--threads", f"must be at most the {most} processors that this process may use; got {count}")
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
-        os.environ["NBNORM_NUM_THREADS"] = str(count)
+    if count is None:
+        if not os.environ.get("NBNORM_NUM_THREADS"):
+            return
+        count = thread_count()
+    if count > (most := available_threads()):
+        raise _bad("--threads", f"must be at most the {most} processors that this process may use; got {count}")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    os.environ["NBNORM_NUM_THREADS"] = str(count)
 
 
 @app.command()
@@ -259,10 +261,10 @@ def bench(
     """Time a norm on this machine, in turn with other libraries, and compare each result with float64."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else a library's threads spin while the next is timed
     rivals = _rivals(against)
-    _use_threads(threads)
     if plot is not None and find_spec("matplotlib") is None:
         sys.exit('nbnorm: --plot needs matplotlib: pip install "nbnorm[demo]"')
     with _failures_in_one_line():
+        _use_threads(threads)
         case = _case(op, shape, dtype, channel_axis, channels_last, num_groups, activation, mode, backward)
         console = _console()
         report = measure(case, rivals, pairs, backend)

@@ -269,7 +269,7 @@ class _Tensors:
 
     def backward(self, problem: Problem) -> Callable[[Any, Any], Any] | None:
         """The function of dy and x that autograd would call, where there is one for the whole gradient; autograd
-        itself takes 17 us more."""
+        itself takes 18 us more."""
         case, w, b, aten = self.case, self.weight, self.bias, self.torch.ops.aten
         if case.activation is not None or case.op not in ("batch_norm", "layer_norm"):
             return None

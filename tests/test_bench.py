@@ -205,8 +205,9 @@ def test_bench_says_what_a_peer_does_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "nbnorm-bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_on_one_thread(tmp_path: Path) -> None:
-    found, _ = bench(tmp_path, "--threads", "1", "--against", "numpy", NBNORM_NUM_THREADS="2")
+@pytest.mark.parametrize(("option", "variable"), [(["--threads", "1"], "2"), ([], "1")])
+def test_bench_on_one_thread(option: list[str], variable: str, tmp_path: Path) -> None:
+    found, _ = bench(tmp_path, *option, "--against", "numpy", NBNORM_NUM_THREADS=variable)
     assert found["threads"] == 1
 
 

@@ -98,7 +98,15 @@ def test_without_matplotlib_the_demo_names_its_extra_before_training() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["demo", "--help"], ["demo", "--epochs", "0"], ["warmup", "--op", "a"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["demo", "--help"],
+        ["demo", "--epochs", "0"],
+        ["warmup", "--op", "a"],
+        ["bench", "--op", "a"],
+    ],
 )
 def test_numba_and_the_frameworks_stay_unimported(arguments: list[str]) -> None:
     report = """
