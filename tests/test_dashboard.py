@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -80,12 +81,12 @@ def chromium() -> None:
         pytest.skip("chromium is not installed")
 
 
-@pytest.fixture
-def opened(dashboard: Path, chromium: None) -> Iterator[tuple[Any, str]]:
-    """A page and the dashboard's address; that no request fails or leaves this machine is asserted at the end."""
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[tuple[Any, str]]:
+    """A page and a dashboard's address; that no request fails or leaves this machine is asserted at the end."""
     asked: list[str] = []
     wrong: list[str] = []
-    with publish.browser(dashboard) as (page, address):
+    with publish.browser(folder) as (page, address):
         page.on("request", lambda request: asked.append(request.url))
         page.on("requestfailed", lambda request: wrong.append(request.url))
         page.on("response", lambda response: wrong.append(response.url) if response.status >= 400 else None)
@@ -96,26 +97,47 @@ def opened(dashboard: Path, chromium: None) -> Iterator[tuple[Any, str]]:
     assert wrong == []
 
 
-def test_grid(opened: tuple[Any, str]) -> None:
-    page, address = opened
-    page.goto(address)
-    page.wait_for_selector("#summarygrid-display >> text=track_work")
-    assert page.locator("#summarygrid-display canvas").count() >= 1
+def test_grid(dashboard: Path, chromium: None) -> None:
+    with opened(dashboard) as (page, address):
+        page.goto(address)
+        page.wait_for_selector("#summarygrid-display >> text=track_work")
+        assert page.locator("#summarygrid-display canvas").count() >= 1
 
 
-def test_graph(opened: tuple[Any, str]) -> None:
-    page, address = opened
-    page.goto(f"{address}#{BENCHMARK}")
-    page.wait_for_selector("#main-graph canvas.flot-base")
-    drawn = page.evaluate("$('#main-graph').data('plot').getData()[0].data.map(point => point[1])")
+def test_graph(dashboard: Path, chromium: None) -> None:
+    with opened(dashboard) as (page, address):
+        page.goto(f"{address}#{BENCHMARK}")
+        page.wait_for_selector("#main-graph canvas.flot-base")
+        drawn = page.evaluate("$('#main-graph').data('plot').getData()[0].data.map(point => point[1])")
     assert drawn == [1.0] * (COMMITS // 2) + [2.0] * (COMMITS // 2)
 
 
-def test_regressions(opened: tuple[Any, str]) -> None:
-    page, address = opened
-    page.goto(f"{address}#regressions")
-    row = page.wait_for_selector(f"#regressions-body tr:has-text('{BENCHMARK}')")
-    assert "2.00x" in row.inner_text()
+def test_regressions(dashboard: Path, chromium: None) -> None:
+    with opened(dashboard) as (page, address):
+        page.goto(f"{address}#regressions")
+        row = page.wait_for_selector(f"#regressions-body tr:has-text('{BENCHMARK}')")
+        assert "2.00x" in row.inner_text()
+
+
+def test_results_of_the_project(chromium: None, tmp_path: Path) -> None:
+    """The committed ones: every benchmark is in the grid, and its graph opens."""
+    pytest.importorskip("asv", reason="asv is not installed")
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    if not (SCRIPT.parents[1] / ".git").exists():
+        pytest.skip("not a clone: asv needs the commits")
+    publish.publish(publish.CONFIG, tmp_path)
+    benchmarks = json.loads((tmp_path / "index.json").read_text())["benchmarks"]
+    assert len(benchmarks) > 10
+    with opened(tmp_path) as (page, address):
+        page.goto(address)
+        page.wait_for_selector("#summarygrid-display canvas")
+        shown = page.locator("#summarygrid-display").inner_text()
+        assert [name for name in benchmarks if name.partition(".")[2] not in shown] == []
+        page.goto(f"{address}#calls.Calls.time_thousand_calls")
+        page.wait_for_selector("#main-graph canvas.flot-base")
+        page.goto(f"{address}#regressions")
+        page.wait_for_selector("#regressions-body table")
 
 
 def test_licences_lie_beside_the_scripts(dashboard: Path) -> None:
