@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 WARM_UP = 3  # pairs that are run and not counted: caches, page faults, clocks
 LEAST = 2e-4  # seconds that one timing takes, by repeating a short call: the clock and the loop cost 1e-7
 # Upper over lower quartile of a call's time over its own, in 31 pairs, on two processors: 1.01 to 1.22 in 32 trials of
-# four norms on a quiet machine; out of cache beside another program 1.14 to 1.97.
+# four norms on a quiet machine; out of cache beside another program 1.06 to 1.97.
 NOISY = 1.25
 
 Quartiles = tuple[float, float, float]
