@@ -204,7 +204,7 @@ class Backend(ABC):
         `shape` is that of x, y and `out`. With `bound` it returns None, and has done nothing, where `out` is neither x
         nor memory apart from the inputs, or an array is not aligned.
         """
-        five, param_shape = x.shape, _param_shape(weight, bias)
+        five, param_shape = x.shape, shape_of_params(weight, bias)
 
         def again(x: Any, weight: Any, bias: Any, out: Any) -> Any:
             w, b = (None if param is None else param.reshape(param_shape) for param in (weight, bias))
@@ -238,7 +238,7 @@ class Backend(ABC):
 
         It returns None, and has done nothing, where statistics that would move may overlap each other or an input.
         """
-        five, param_shape = x.shape, _param_shape(weight, bias)
+        five, param_shape = x.shape, shape_of_params(weight, bias)
 
         def again(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
             if momentum is not None and not apart(mean, var, x, weight, bias):
@@ -340,7 +340,7 @@ def masked_rstd(found: Moments, eps: float) -> NDArray[np.float64]:
     return np.where(np.equal(found.count, 0), 0.0, rstd)
 
 
-def _param_shape(weight: View | None, bias: View | None) -> tuple[int, ...] | None:
+def shape_of_params(weight: View | None, bias: View | None) -> tuple[int, ...] | None:
     """The shape of both, where there is one."""
     return next((param.shape for param in (weight, bias) if param is not None), None)
 

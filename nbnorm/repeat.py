@@ -103,7 +103,7 @@ def remember(
     weight, bias = (place(name) if getattr(call, name) is not None else None for name in ("weight", "bias"))
     places = place(names[0]), weight, bias
     found: Remembered | None = None
-    if call.running is not None or call.fixed is not None:
+    if _statistics(call) is not None:
         again = repeated_with_statistics(call)
         if again is not None:
             found = RememberedWithStatistics(again, places, *map(place, STATISTICS))
@@ -120,9 +120,7 @@ def remember(
 
 def repeated(call: Call, *, bound: bool = False) -> Again | None:
     """A function (x, weight, bias, out) that does what the call does, for arrays as it had; with `bound` of (x, out),
-    for weight and bias as they will be. None where there is more to the call than these."""
-    if call.fixed is not None or call.running is not None:
-        return None
+    for weight and bias as they will be. None where there is more to the call than these; it has no statistics."""
     ready = _ready(call, (call.x, call.weight, call.bias))
     if ready is None:
         return None
@@ -135,8 +133,7 @@ def repeated(call: Call, *, bound: bool = False) -> Again | None:
 def repeated_with_statistics(call: Call) -> Again | None:
     """A function (x, weight, bias, running_mean, running_var) that does what a call with these does, as
     `Backend.repeated_with_statistics` says; None where there is more to it."""
-    running = call.running
-    statistics = call.fixed if running is None else (running.mean, running.var)
+    statistics = _statistics(call)
     if statistics is None:
         return None
     ready = _ready(call, (call.x, call.weight, call.bias, *statistics))
@@ -144,7 +141,7 @@ def repeated_with_statistics(call: Call) -> Again | None:
         return None
     placed, backend, epilogue = ready
     mean, var = (stat.view for stat in statistics)
-    momentum = None if running is None else running.momentum
+    momentum = None if call.running is None else call.running.momentum
     return backend.repeated_with_statistics(
         placed.five_axes(),
         *_params(call, placed.plan),
@@ -159,7 +156,7 @@ def repeated_with_statistics(call: Call) -> Again | None:
 def bound(call: Call) -> Again | None:
     """A function (x, out) that does what the call does, for weight, bias and statistics as they will be, or returns
     None and has done nothing; None where there is more to the call than these."""
-    statistics = call.fixed if call.running is None else (call.running.mean, call.running.var)
+    statistics = _statistics(call)
     if statistics is None:
         return repeated(call, bound=True)
     again = repeated_with_statistics(call)
@@ -167,6 +164,11 @@ def bound(call: Call) -> Again | None:
         return None
     given = [None if operand is None else operand.view for operand in (call.weight, call.bias, *statistics)]
     return lambda x, out: again(x, *given) if out is None and x.flags.aligned else None
+
+
+def _statistics(call: Call) -> tuple[Operand, Operand] | None:
+    """The running statistics of a call, be they given or to be moved."""
+    return call.fixed if call.running is None else (call.running.mean, call.running.var)
 
 
 def _params(call: Call, plan: Plan) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:

@@ -561,7 +561,9 @@ def test_reading_the_same_again_is_no_deadlock_while_barriers_are_met() -> None:
 
         return kernel
 
-    launch(make, 1, 1, (np.ones(1, f32), empty(1, f32)))
+    y = empty(1, f32)
+    launch(make, 1, 1, (np.ones(1, f32), y))
+    assert y[0] == 1
 
 
 def make_reduction(cuda, P, steps):

@@ -14,7 +14,7 @@ from numba import typeof
 from numpy.typing import NDArray
 
 from nbnorm.arrays import read_only
-from nbnorm.backend import apart
+from nbnorm.backend import apart, shape_of_params
 from nbnorm_backends.numba_cpu import columns, cuts, kernels, outputs, tables
 from nbnorm_backends.numba_cpu.checks import overlaps_in_part, share_memory
 from nbnorm_backends.numba_cpu.elements import CARRIERS
@@ -119,7 +119,7 @@ def normalizes_columns(
 ) -> Normalize:
     """By what `columns.forward` does once the grid is there; weight and bias are not along r."""
     five, dtype, empty, grid = x.shape, x.dtype, _empty(x), columns.Grid(pool, x, folds=True)
-    param_shape = next((param.shape for param in (weight, bias) if param is not None), ())
+    param_shape = shape_of_params(weight, bias)
     extra = grid.options(options)
 
     def normalize(

@@ -120,8 +120,9 @@ class NumbaBackend(WholeOps, Backend):
             return None
         options = options_of(None, epilogue)
         if _family(x) is columns:
-            along_r = any(param is not None and param.shape[1] > 1 for param in (weight, bias))
-            return None if along_r else again.normalizes_columns(self.scheduler, x, weight, bias, options, **keys)
+            if columns.lie_along_r(weight, bias):
+                return None
+            return again.normalizes_columns(self.scheduler, x, weight, bias, options, **keys)
         views = again.parameter_views(x, weight, bias)
         return None if views is None else again.normalizes_runs(self.scheduler, x, *views, options, **keys)
 

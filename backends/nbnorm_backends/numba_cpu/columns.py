@@ -22,7 +22,6 @@ from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
 Array = NDArray[Any]
-# What is read with every row lies on cache lines: the second pass takes 0.74 of its time on (6272, 1024).
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 
 
@@ -69,7 +68,10 @@ class Grid:
         return full.astype(np.float64).reshape(-1)
 
     def terms(self, x: Array, stats: Array, weight: Array, bias: Array, *, single: bool) -> tuple[Any, ...]:
-        """(power, mean, scale, shift) of `kernels.affine` for each column (n, w)."""
+        """(power, mean, scale, shift) of `kernels.affine` for each column (n, w).
+
+        They are read with every row, and so lie on cache lines: the second pass takes 0.74 of its time on (6272, 1024).
+        """
         found = outputs.aligned((4, self.shape[0], self.shape[2]), SINGLE if single else DOUBLE)
         extreme = merging.columns_terms(stats, *self.groups, weight, bias, single, *found)
         return found[0] if extreme else None, *found[1:]
@@ -103,8 +105,7 @@ def forward(
     y: Array,
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
-    along_r = any(param is not None and _is_along_r(param) for param in (weight, bias))
-    grid = Grid(scheduler, x, folds=not along_r and options.mask is None)
+    grid = Grid(scheduler, x, folds=not lie_along_r(weight, bias) and options.mask is None)
     keys: dict[str, Any] = {"joined": joined, "center": center, "eps": eps, "find": find, "stats": stats, "y": y}
     normalize(grid, x, weight, bias, grid.options(options), **keys)
 
@@ -131,6 +132,11 @@ def normalize(
         target = grid.view(y)
         stream = outputs.streams(target, grid.width, outputs.STREAM_COLUMNS)
         grid.run(kernels.columns_apply, grid.view(x), *terms, *_along_r(weight, bias), *extra, stream, target)
+
+
+def lie_along_r(weight: Array | None, bias: Array | None) -> bool:
+    """Whether weight or bias do, as those of a norm over channels that are not innermost."""
+    return any(param is not None and _is_along_r(param) for param in (weight, bias))
 
 
 def _is_along_r(param: Array) -> bool:

@@ -675,14 +675,6 @@ def flush_row(partial, total):
         partial[i] = 0.0
 
 
-@ROW
-def clear(share):
-    for k in range(share.shape[0]):
-        for j in range(share.shape[1]):
-            for m in range(share.shape[2]):
-                share[k, j, m] = 0.0
-
-
 @optional(lambda partial, total: None)
 def flush(partial, total):
     """`flush_row` for every row of (r or 1, g, c, s)."""
@@ -740,8 +732,8 @@ def runs_backward(
     constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
     if dw.shape[0] > 1:
-        clear(dw[share])
-        clear(db[share])
+        dw[share] = 0.0
+        db[share] = 0.0
     precise = dx.size == 0
     dw1, db1 = dw[share], db[share]
     dw2, db2 = partial_like(x, dw1), partial_like(x, db1)
