@@ -6,6 +6,9 @@ builds the base (by default HEAD's first parent) and the working tree, or anothe
 benchmarks of this checkout, and prints what moved. It ends with 1 if instructions grew by more than 2% or a ratio to
 NumPy or torch by more than 1.3; with 2 if that cannot be told: a build or a benchmark fails, fewer benchmarks ran than
 there are, or, where CI or NBNORM_CI_STRICT is set, nothing counts instructions. Dependencies are those installed here.
+
+A slowdown that is meant is said in the message of a commit after the base, by a trailer `Slower: REGEX` that names the
+benchmarks.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Row:
     name: str
     base: float | None
     head: float | None
+    accepted: bool = False  # a commit says that it may be slower
 
     @property
     def limit(self) -> float:
@@ -57,12 +61,22 @@ class Row:
         if self.base is None:
             return "new"
         change = self.head / self.base
-        return "slower" if change > self.limit else "faster" if change < 1 / self.limit else "same"
+        if change > self.limit:
+            return "accepted" if self.accepted else "slower"
+        return "faster" if change < 1 / self.limit else "same"
 
 
-def compare(base: Mapping[str, float], head: Mapping[str, float], expected: Collection[str]) -> list[Row]:
+def compare(
+    base: Mapping[str, float],
+    head: Mapping[str, float],
+    expected: Collection[str],
+    accepted: Collection[re.Pattern[str]] = (),
+) -> list[Row]:
     """A row for each benchmark that is expected or that a side has."""
-    return [Row(name, base.get(name), head.get(name)) for name in dict.fromkeys([*expected, *base, *head])]
+    return [
+        Row(name, base.get(name), head.get(name), any(pattern.search(name) for pattern in accepted))
+        for name in dict.fromkeys([*expected, *base, *head])
+    ]
 
 
 def exit_code(rows: Collection[Row]) -> int:
@@ -118,6 +132,17 @@ def unpack(revision: str, root: Path, folder: Path) -> Path:
     return folder
 
 
+def accepted_slowdowns(base: str, head: str, root: Path) -> list[re.Pattern[str]]:
+    """What the trailers `Slower` of the commits after the base name."""
+    wanted = "--format=%(trailers:key=Slower,valueonly,unfold)"
+    log = subprocess.run(["git", "-C", str(root), "log", wanted, f"{base}..{head}"], capture_output=True, check=True)
+    lines = filter(None, map(str.strip, log.stdout.decode().splitlines()))
+    try:
+        return [re.compile(line) for line in lines]
+    except re.error as error:
+        raise GateError(f"a trailer Slower is no regular expression: {error.pattern!r}: {error}") from None
+
+
 def without_counts(names: list[str], reason: str | None, console: Console) -> list[str]:
     """The names; those that need no counts where there are none, unless this must not be passed over."""
     if reason is None:
@@ -150,6 +175,7 @@ def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, co
             Side.build(unpack(base, root, scratch / "base-source"), scratch / "base"),
             Side.build(source, scratch / "head"),
         ]
+        accepted = accepted_slowdowns(base, revision or "HEAD", root)
         known = sides[1].measure([], quick)
         names = [name for name in known["names"] if only.search(name)]
         if not names:
@@ -159,12 +185,12 @@ def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, co
             side.measure(names, quick)
         before, after = sides
         expected = [name for name in names if name.endswith(BUILT_IN)]
-        rows = compare(before.values, after.values, expected)
+        rows = compare(before.values, after.values, expected, accepted)
         doubtful = [row.name for row in rows if row.verdict == "slower" and row.name.startswith("track_ratio")]
         if doubtful:
             console.print(f"measured again: {', '.join(doubtful)}")
             again(before, after, doubtful, quick)
-            rows = compare(before.values, after.values, expected)
+            rows = compare(before.values, after.values, expected, accepted)
         for which, failed in (("base", before.failed), ("head", after.failed)):
             for name, error in failed.items():
                 console.print(f"{which}: {name}: {error}", markup=False)
@@ -174,7 +200,7 @@ def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, co
 def table(rows: list[Row]) -> Table:
     """What is not the same."""
     grid = Table("benchmark", "base", "head", "change", "verdict")
-    colours = {"slower": "red", "missing": "red", "faster": "green", "new": "cyan"}
+    colours = {"slower": "red", "missing": "red", "faster": "green", "new": "cyan", "accepted": "yellow"}
     for row in rows:
         if row.verdict != "same":
             change = "" if row.base is None or row.head is None else f"{row.head / row.base:.3f}"

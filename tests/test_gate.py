@@ -50,6 +50,25 @@ def test_verdicts(name: str, base: float | None, head: float | None, verdict: st
     assert gate.exit_code(rows) == code
 
 
+def test_a_slowdown_that_a_commit_names_is_accepted(repository: Path) -> None:
+    def commit(message: str) -> None:
+        command = ["git", "-C", str(repository), *AUTHOR, "commit", "-q", "--allow-empty", "-m", message]
+        subprocess.run(command, check=True)
+
+    commit("More work in layer norm\n\nIt checks more.\n\nSlower: forward.layer_norm\nSlower: call.explain")
+    assert gate.accepted_slowdowns("HEAD", "HEAD", repository) == []
+    patterns = gate.accepted_slowdowns("HEAD^", "HEAD", repository)
+    assert [pattern.pattern for pattern in patterns] == ["forward.layer_norm", "call.explain"]
+    other = COUNT.replace("layer_norm", "rms_norm")
+    rows = gate.compare({COUNT: 1000, other: 1000}, {COUNT: 1100, other: 1000}, [], patterns)
+    assert [row.verdict for row in rows] == ["accepted", "same"]
+    assert gate.exit_code(rows) == 0
+    assert gate.exit_code(gate.compare({other: 1000}, {other: 1100}, [], patterns)) == 1
+    commit("A name that cannot be read\n\nSlower: (")
+    with pytest.raises(gate.GateError, match="trailer Slower is no regular expression"):
+        gate.accepted_slowdowns("HEAD^", "HEAD", repository)
+
+
 def test_what_only_the_base_has_is_missing() -> None:
     """Of a backend that is not built in nothing is expected but what there was."""
     rows = gate.compare({"track_ratio_numpy_forward(layer_norm, mine)": 1.0}, {RATIO: 1.0}, [RATIO])
