@@ -80,6 +80,11 @@ def verdict(ratios: Quartiles, noise: Quartiles) -> str:
         "faster" or "slower", of the first call, where the quartiles of both lie apart. Where they overlap, "too noisy
         to tell" if the upper quartile of either is more than 1.25 times its lower, else "too close to tell".
 
+    Notes
+    -----
+    Two series of one call, of random times, are told apart in 1 case of 10 with 3 pairs, 1 of 100 with 9, and in none
+    of 10,000 with 31.
+
     Examples
     --------
     >>> from nbnorm.measure import verdict
