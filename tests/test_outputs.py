@@ -126,15 +126,15 @@ def test_what_lay_there_before_is_not_seen() -> None:
 def test_no_more_is_kept_than_is_allowed() -> None:
     recycler = outputs.Recycler(100)
     for size in (40, 50, 60):
-        recycler.give_back(np.empty(size, np.uint8))
+        recycler.give_back(outputs.Block(size))
     assert [block.size for block in recycler.free] == [60]  # what was given back first is dropped first
-    recycler.give_back(np.empty(40, np.uint8))
-    latest = np.empty(0, np.uint8)
+    recycler.give_back(outputs.Block(40))
+    latest = outputs.Block(0)
     recycler.give_back(latest)
     assert recycler.take(0) is latest
     assert recycler.take(41).size == 41
     assert [block.size for block in recycler.free] == [60, 40]
-    recycler.give_back(np.empty(101, np.uint8))
+    recycler.give_back(outputs.Block(101))
     assert recycler.free == []
 
 

@@ -20,7 +20,7 @@ from nbnorm_backends.numba_cpu.checks import overlaps_in_part, share_memory
 from nbnorm_backends.numba_cpu.elements import CARRIERS
 from nbnorm_backends.numba_cpu.kernels import STATISTICS
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Options
-from nbnorm_backends.numba_cpu.pool import Pool, worker
+from nbnorm_backends.numba_cpu.pool import ALONE, Pool, worker
 from nbnorm_backends.numba_cpu.runs import leap_of, parameters, runs_view
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -89,7 +89,7 @@ def normalizes_runs(
     sample = runs_view(np.empty(x.shape, dtype))
     table = np.empty((STATISTICS, total))
     work = worker(kernels.runs_forward)
-    run = _compiled(work, (np.zeros(1, np.int64), chunks, *arguments(view, w, b, True, table, sample)))
+    run = _compiled(work, (np.zeros(1, np.int64), ALONE, chunks, *arguments(view, w, b, True, table, sample)))
 
     def normalize(
         x: Array, weight: Array | None, bias: Array | None, out: Array | None, find: bool, table: Array
@@ -100,7 +100,7 @@ def normalizes_runs(
         if parallel:
             pool.share(run, chunks, args)
         else:
-            run(np.zeros(1, np.int64), chunks, *args)
+            run(np.zeros(1, np.int64), ALONE, chunks, *args)
         return y
 
     return normalize

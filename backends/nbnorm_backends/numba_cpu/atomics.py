@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from nbnorm_backends.numba_cpu.cache import sealed
 
 ORDER = "seq_cst"
+I64 = ir.IntType(64)
 
 
 @intrinsic
@@ -33,6 +34,16 @@ def get(typing_context: Any, counters: Any, index: Any) -> Any:
         return builder.load_atomic(_pointer(context, builder, counters, *args), ORDER, 8)
 
     return types.int64(counters, types.intp), generate
+
+
+@intrinsic
+def add_at(typing_context: Any, address: Any, value: Any) -> Any:
+    """The same to the int64 at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], ORDER)
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic

@@ -19,8 +19,11 @@ Array = NDArray[Any]
 SMALL = 1 << 14  # bytes below which NumPy's own alignment, 16, does: an aligned array costs 1 us more
 LARGE = 1 << 20  # bytes from which memory is kept
 # Bytes from which results go past the caches. What a third-level cache of 32 MB holds together with x is better left
-# there: times through it, over times past it, of results of 8, 12, 16, 24 and 128 MiB, are
-STREAM_RUNS = 12 << 20  # 0.87, 0.99, 1.00, 1.12, 1.34 (layer norm; batch norm of 12 MiB 1.16, of 25 1.50)
+# there: times through it, over times past it, of results of 8, 12, 16, 20, 24 MiB, are
+# alone, 0.71, 0.87, 0.88, 0.90, 1.23 (layer norm), of 16, 20, 24 MiB 1.11, 1.23, 1.35 (batch norm);
+# with torch.relu_ of the result, 0.56, 0.62, 0.99, 0.80, 1.08 (layer norm), 0.93, 1.05, 1.09 (batch norm)
+STREAM_RUNS = 20 << 20
+# of 8, 12, 16, 24, 128 MiB:
 STREAM_RUNS_BACKWARD = 8 << 20  # 1.12, 1.02, 1.15, 1.16, 1.34
 STREAM_COLUMNS = 24 << 20  # 0.76, 0.86, 0.93, 1.03, 1.07 to 1.18
 STREAM_COLUMNS_BACKWARD = 12 << 20  # 0.94, 1.21, 1.16, 1.14, 1.10
@@ -29,24 +32,37 @@ KEPT = 256 << 20  # bytes of free memory that are kept, at most, unless NBNORM_R
 STREAMING = numba.__version__.startswith("0.68.") and platform.machine().lower() in ("x86_64", "amd64")
 
 
+class Block:
+    """Memory of so many bytes behind the beginning of a cache line, as NumPy reads it: to ask for its address anew
+    would take as long as all else that an array of it needs, 1 us."""
+
+    __slots__ = ("_memory", "interface", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._memory = np.empty(size + LINE, np.uint8)
+        begin = self._memory.ctypes.data
+        self.interface = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (begin + -begin % LINE, False)}
+
+
 class Recycler:
     """Free blocks of memory, the latest given back last; at most so many bytes of them."""
 
     def __init__(self, most: int) -> None:
         self._most, self._size = most, 0
-        self.free: list[Array] = []
+        self.free: list[Block] = []
         self.lock = threading.RLock()  # a collection of garbage may give a block back while one is taken
 
-    def take(self, size: int) -> Array:
+    def take(self, size: int) -> Block:
         """A block of so many bytes."""
         with self.lock:
             for index in reversed(range(len(self.free))):
                 if self.free[index].size == size:
                     self._size -= size
                     return self.free.pop(index)
-        return np.empty(size, np.uint8)
+        return Block(size)
 
-    def give_back(self, block: Array) -> None:
+    def give_back(self, block: Block) -> None:
         with self.lock:
             self.free.append(block)
             self._size += block.size
@@ -60,11 +76,11 @@ class Lease:
     No array itself, or NumPy would have views keep the block in its place.
     """
 
-    def __init__(self, block: Array, size: int) -> None:
+    __slots__ = ("__array_interface__", "_block", "_give_back")
+
+    def __init__(self, block: Block) -> None:
         self._block, self._give_back = block, recycler.give_back  # the module may go first when the interpreter ends
-        address = block.__array_interface__["data"][0]  # `ctypes` is imported late, which fails as the interpreter ends
-        begin = address + -address % LINE
-        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (begin, False)}
+        self.__array_interface__ = block.interface
 
     def __del__(self) -> None:
         self._give_back(self._block)
@@ -90,7 +106,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
     if size < LARGE:
         return aligned(shape, dtype)
-    return np.asarray(Lease(recycler.take(size + LINE), size)).view(dtype).reshape(shape)
+    return np.ndarray(shape, dtype, np.asarray(Lease(recycler.take(size))))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numba
@@ -25,9 +26,11 @@ from nbnorm_backends.numba_cpu import atomics
 from nbnorm_backends.numba_cpu.cache import sealed
 
 Kernel = Callable[..., None]
-# Counters of a job, each on a cache line of its own.
-CLAIMED, JOINED, LEFT, CLOSED, COUNTERS = 0, 8, 16, 24, 32
+# Counters of a job, each on a cache line of its own, and the address of the pool's bell.
+CLAIMED, JOINED, LEFT, IDLE, CLOSED, BELL, COUNTERS = 0, 8, 16, 24, 32, 40, 48
+ALONE, CALLER, HELPER = range(3)  # who works
 SPINS = 1000  # pauses (about 40 cycles each) before a thread that waits sleeps: 10 us, a fraction of what waking costs
+LINGER = 3000  # the same for a helper without work: between two norms Python takes 10 us or more
 NAP = 5e-5  # seconds
 
 
@@ -43,19 +46,32 @@ _workers: dict[Kernel, Callable[..., None]] = {}
 
 
 def worker(kernel: Kernel) -> Callable[..., None]:
-    """``work(counters, chunks, *args)``: compiled, claims chunks and runs the kernel on them until none is left."""
+    """``work(counters, who, chunks, *args)``: compiled, claims chunks and runs the kernel on them until none is left.
+
+    ALONE needs one counter. The CALLER rings the bell, and waits a little for the helpers at the end; a HELPER joins,
+    unless the job is closed, and leaves. All of that without the GIL: a helper that the bell wakes would find it held.
+    """
     found = _workers.get(kernel)
     if found is None:
         # Spelled out: Numba takes 50 us to call a function of *args, and 2 us for as many that have names.
         body = (
+            "if who == CALLER:\n"
+            "    add_at(get(counters, BELL), 1)\n"
+            "elif who == HELPER:\n"
+            "    add(counters, JOINED, 1)\n"  # before CLOSED is read: the caller sees the one or we the other
+            "    chunks = 0 if get(counters, CLOSED) else chunks\n"
             "while True:\n"
             "    chunk = add(counters, CLAIMED, 1)\n"
             "    if chunk >= chunks:\n"
             "        break\n"
             "    kernel(chunk{args})\n"
             "fence()\n"
+            "if who == CALLER:\n"
+            "    close(counters)\n"
+            "elif who == HELPER:\n"
+            "    add(counters, LEFT, 1)\n"
         )
-        work = _compiled("counters, chunks", body, kernel, nogil=True)
+        work = _compiled("counters, who, chunks", body, kernel, nogil=True)
         if kernel.__module__.startswith(__package__):  # of others the cache does not know the sources
             work = sealed(work, f"worker of {kernel.__module__}.{kernel.__qualname__}")
         found = _workers.setdefault(kernel, work)
@@ -66,11 +82,36 @@ def _compiled(first: str, body: str, kernel: Any, **flags: Any) -> Callable[...,
     """A function of `first` and all arguments of the kernel but the chunk."""
     args = "".join(f", {name}" for name in list(inspect.signature(kernel.py_func).parameters)[1:])
     lines = body.format(args=args).replace("\n", "\n    ")
-    names: dict[str, Any] = {"kernel": kernel, "add": atomics.add, "fence": atomics.fence, "CLAIMED": CLAIMED}
-    names |= {"prange": prange, "int64": np.int64, "__name__": __name__}
+    names = vars(atomics) | globals() | {"kernel": kernel, "int64": np.int64}
     exec(f"def work({first}{args}):\n    {lines}", names)
     compiled: Callable[..., None] = njit(error_model="numpy", no_cfunc_wrapper=True, **flags)(names["work"])
     return compiled
+
+
+@partial(sealed, name="pool.close")
+@njit(error_model="numpy", nogil=True)
+def close(counters):  # type: ignore[no-untyped-def]  # compiled
+    """Keep late helpers out, and wait for those that have joined, which are nearly done."""
+    atomics.add(counters, CLOSED, 1)
+    for _ in range(SPINS):
+        if atomics.get(counters, LEFT) >= atomics.get(counters, JOINED):
+            break
+        atomics.pause()
+    for _ in range(SPINS):
+        if atomics.get(counters, IDLE) >= atomics.get(counters, JOINED):
+            break
+        atomics.pause()
+
+
+@partial(sealed, name="pool.linger")
+@njit(error_model="numpy", nogil=True)
+def linger(counters, bell, rung, spins):  # type: ignore[no-untyped-def]  # compiled
+    """Wait a little for the bell, which rang so often; the last job's caller may go on."""
+    atomics.add(counters, IDLE, 1)
+    for _ in range(spins):
+        if atomics.get(bell, 0) != rung:
+            break
+        atomics.pause()
 
 
 class _Job:
@@ -80,28 +121,30 @@ class _Job:
     chunk, or an interrupt between two, would leave short for ever.
     """
 
-    def __init__(self, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
-        self._counters = np.zeros(COUNTERS, np.int64)
+    def __init__(self, bell: int, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
+        self.counters = np.zeros(COUNTERS, np.int64)
+        self.counters[BELL] = bell
         self._call: tuple[Callable[..., None], int, tuple[Any, ...]] | None = work, chunks, args
         self._error: BaseException | None = None
 
     def help(self) -> None:
         """Join, unless the caller has closed the job already; what a chunk raises is the caller's."""
-        atomics.increase(self._counters, JOINED, 1)  # before CLOSED is read: the caller sees the one or we the other
+        call = self._call
+        if call is None:
+            return
         try:
-            if not self._counters[CLOSED]:
-                self._work()
+            self._work(HELPER, *call)
         except BaseException as error:  # noqa: BLE001  the helper must live on, and the caller shall see it
             self._error = error
-        finally:
-            atomics.increase(self._counters, LEFT, 1)
+            atomics.increase(self.counters, LEFT, 1)
 
     def run(self, announce: Callable[[_Job], None]) -> None:
         """Announce the job to helpers and work, then wait until no helper touches the arrays any more, even when
         interrupted; raise what was raised."""
+        assert self._call is not None
         try:
             announce(self)
-            self._work()
+            self._work(CALLER, *self._call)
         except BaseException as error:  # noqa: BLE001  raised below, after the helpers have left
             self._error = error
         while True:
@@ -110,29 +153,25 @@ class _Job:
                 break
             except KeyboardInterrupt as interrupt:
                 self._error = interrupt
-        self._call = None  # a helper that is late finds a closed job, whose arrays are not kept for it
+        self._call = None  # a helper that is late finds nothing, and keeps no arrays
         if self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
+    def _work(self, who: int, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
         """Claim and run chunks until none is left; after an error nobody finds one."""
-        assert self._call is not None
-        work, chunks, args = self._call
         try:
-            work(self._counters, chunks, *args)
+            work(self.counters, who, chunks, *args)
         except BaseException:
-            atomics.increase(self._counters, CLAIMED, chunks)
+            atomics.increase(self.counters, CLAIMED, chunks)
             raise
 
     def _close(self) -> None:
-        """Wait for the helpers: spin, as they are nearly done, then nap."""
-        counters = self._counters
-        atomics.increase(counters, CLOSED, 1)
-        spins = SPINS
-        while (left := int(counters[LEFT])) != counters[JOINED]:
-            if atomics.wait_while(counters, LEFT, left, spins):
-                time.sleep(NAP)
-                spins = 1
+        """Close the job, if an error kept the compiled code from it, and nap until the helpers have left."""
+        counters = self.counters
+        if not counters[CLOSED]:
+            close(counters)
+        while counters[LEFT] < counters[JOINED]:
+            time.sleep(NAP)
 
 
 class Pool:
@@ -155,21 +194,20 @@ class Pool:
         if parallel:
             self.share(worker(kernel), chunks, args)
         else:
-            worker(kernel)(np.zeros(1, np.int64), chunks, *args)
+            worker(kernel)(np.zeros(1, np.int64), ALONE, chunks, *args)
 
     def share(self, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
         """The same in parallel with a `worker`, or what was compiled of one."""
         threads = min(thread_limit(self.threads), chunks)
         if threads <= 1:
-            work(np.zeros(1, np.int64), chunks, *args)
+            work(np.zeros(1, np.int64), ALONE, chunks, *args)
             return
 
         def announce(job: _Job) -> None:
             for _ in range(min(threads - 1, self._started(threads - 1))):
                 self._jobs.put(job)
-            atomics.increase(self._bell, 0, 1)
 
-        _Job(work, chunks, args).run(announce)
+        _Job(self._bell.ctypes.data, work, chunks, args).run(announce)
 
     def _started(self, wanted: int) -> int:
         """Helpers that run, after starting what is missing; fewer where the system gives no more threads."""
@@ -189,11 +227,12 @@ class Pool:
 def _help(jobs: queue.SimpleQueue[_Job], bell: Any) -> None:
     while True:
         job = jobs.get()
-        rung = int(bell[0])
         job.help()
+        counters = job.counters
         del job  # its arrays must not live on while this thread waits for the next
+        rung = int(bell[0])
         if jobs.empty():
-            atomics.wait_while(bell, 0, rung, SPINS)  # the next phase of the same call is often there in a moment
+            linger(counters, bell, rung, LINGER)  # the next call, or phase of a call, is often there in a moment
 
 
 class Prange:
@@ -228,7 +267,7 @@ class Prange:
         """Run ``kernel(chunk, *args)`` for every chunk; one by one where the call is small, or prange must not run:
         a pullback made before a fork may be called in the child."""
         if not parallel or chunks == 1 or self.refusal() is not None:
-            worker(kernel)(np.zeros(1, np.int64), chunks, *args)
+            worker(kernel)(np.zeros(1, np.int64), ALONE, chunks, *args)
             return
         driver = self._drivers.get(kernel) or self._drivers.setdefault(kernel, _driver(kernel))
         before = numba.get_num_threads()
