@@ -32,8 +32,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
         for item in items:
-            if "slow" in item.keywords:
+            if is_slow(item):
                 item.add_marker(pytest.mark.skip(reason="slow; give --slow to run it"))
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether it is marked ``slow``, or ``slow("numba")`` and runs on that backend: there every dtype, activation and
+    mask is a compilation of its own."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return any(not mark.args or backend in mark.args for mark in item.iter_markers("slow"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -119,11 +119,9 @@ def check_oracle(op: str, x: Any, weight: Any, bias: Any, dy: Any, found: Result
     )
 
 
+@pytest.mark.slow
 def test_batch_norm_of_two_axes() -> None:
-    """One test of what is compiled once, and first since it takes longest: processes would compile it side by side.
-
-    The public norm's kernels would take as long again: its bits are a slow test.
-    """
+    """The public norm's kernels would take as long again to compile: its bits are a test of their own."""
     for shape in (7, 5), (1000, 7):
         x, weight, bias, dy = data("batch_norm", shape, "float32")
         running = np.full(shape[1], 0.5, "f4"), np.full(shape[1], 2.0, "f4")
@@ -480,8 +478,8 @@ def test_wrong_types_from_a_compiled_caller() -> None:
 # ---- compiled for itself ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_values_of_the_oracle_with_weights_along_rows() -> None:
-    """Last, since it takes long: another process has the first of these tests meanwhile."""
     for op, shape in (
         ("layer_norm", (2, 3, 40)),
         ("layer_norm", (5, 50, 30)),

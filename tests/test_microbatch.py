@@ -41,7 +41,7 @@ def test_parts_are_as_the_whole(axis: int, backend: str) -> None:
     np.testing.assert_allclose(micro.grads["bias"], expected.dbias.astype(float), **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_other_dtypes_and_memory_orders(dtype: str) -> None:
     """Parts that lie in memory in different ways; results have the whole's error of rounding."""
     x, dy = X.astype(dtype), DY.astype(dtype)

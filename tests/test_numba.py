@@ -356,6 +356,7 @@ def test_many_threads_and_many_forks() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.slow
 def test_fork_while_another_thread_compiles() -> None:
     """The child must compile too, under the lock that the compiling thread held when it forked."""
     printed = fresh_process(
@@ -409,6 +410,7 @@ def test_prange_is_chosen_by_the_environment_and_refused_in_a_child() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.slow
 def test_prange_pullback_from_before_a_fork_runs_in_the_child() -> None:
     """Nobody asks the backend again then: it must run the chunks one by one, to the same bits."""
     printed = fresh_process(

@@ -172,17 +172,21 @@ def check(case: Case, backend: str, mask: Any, activation: str | None, order: st
     assert not y[~valid].any()
 
 
+@pytest.mark.slow("numba")
 @pytest.mark.parametrize(("case", "kind"), halved(CASES, ["dense", "lengths", "last axis"]))
 def test_masked_equals_gathered(case: Case, kind: str, backend: str) -> None:
     check(case, backend, masks(case.shape)[kind], None, "norm_act", residual=False)
 
 
 @pytest.mark.parametrize(("order", "activation"), halved(list(ORDERS), ACTIVATIONS))
-@pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [CASES[1], pytest.param(CASES[5], marks=pytest.mark.slow("numba"))], ids=lambda case: case.name
+)
 def test_activation_and_residual(case: Case, activation: str, order: str, backend: str) -> None:
     check(case, backend, None, activation, order, residual=True)
 
 
+@pytest.mark.slow("numba")
 @pytest.mark.parametrize(("case", "order"), halved(CASES, ORDERS))
 def test_everything_at_once(case: Case, order: str, backend: str) -> None:
     check(case, backend, masks(case.shape)["dense"], "silu", order, residual=True)

@@ -74,6 +74,7 @@ def differences(value: Any, loss: Any) -> Any:
     return found
 
 
+@pytest.mark.slow("numba")
 @pytest.mark.parametrize(("name", "masked"), halved(list(CASES), [True, False]))
 def test_against_differences(name: str, masked: bool, backend: str) -> None:
     inputs, dy = arrays(name, residual=True), RNG.normal(size=X)
@@ -117,6 +118,7 @@ def test_one_cotangent_at_a_time(name: str, backend: str) -> None:
     assert not any(grad.any() for grad in grads if grad is not None)
 
 
+@pytest.mark.slow("numba")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_narrow_dtypes_under_a_mask_of_anything(dtype: str, backend: str) -> None:
     inputs, dy = arrays("batch"), RNG.normal(size=X)

@@ -43,6 +43,9 @@ AXES = [
     ((9,), 0),
     ((3, 4, 2, 5), (1, 3)),
 ]
+EVERY_DTYPE = pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow("numba"))]
+)
 HALF_AXES = {"float16": AXES[1:2], "bfloat16": AXES[:1]}  # each case costs a compilation; they differ in load and store
 
 
@@ -125,7 +128,7 @@ def close(found: Any, expected: Any, dtype: str, scale: float = 1.0) -> None:
 # ---- against the loops -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", list(BOUND))
+@EVERY_DTYPE
 def test_local_response_norm(dtype: str, backend: str) -> None:
     for (shape, axis), args in itertools.product(SHAPES, RESPONSES if dtype == "float64" else RESPONSES[:2]):
         x, dy = data(shape, dtype)
@@ -137,7 +140,7 @@ def test_local_response_norm(dtype: str, backend: str) -> None:
         np.testing.assert_array_equal(nbnorm.local_response_norm(x, *args, **keys), y)
 
 
-@pytest.mark.parametrize("dtype", list(BOUND))
+@EVERY_DTYPE
 def test_normalize(dtype: str, backend: str) -> None:
     cases = HALF_AXES.get(dtype, AXES)
     for (shape, axis), p in itertools.product(cases, ORDERS if dtype == "float64" else (2.0, INF, 1.5)):
@@ -365,6 +368,7 @@ def layouts(x: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow("numba")
 def test_memory_layouts(dtype: str, backend: str) -> None:
     x, dy = data((3, 6, 4, 2), dtype)
     axes = (0, 1, 3) if dtype == "float64" else (1,)

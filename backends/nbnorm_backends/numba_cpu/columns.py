@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbnorm.arrays import read_only
 from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs
 from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
@@ -56,7 +57,7 @@ class Grid:
             return None
         n, r, *columns = mask.shape
         full = columns if math.prod(columns) == 1 else self.five[2:]
-        return np.ascontiguousarray(np.broadcast_to(mask, (n, r, *full))).reshape(n, r, -1)
+        return read_only(np.ascontiguousarray(np.broadcast_to(mask, (n, r, *full))).reshape(n, r, -1))
 
     def param(self, param: Array | None) -> Array:
         """weight or bias (1, 1, g or 1, c or 1, 1) for each column of a row, float64 (g*c,); empty where there is none,
@@ -184,7 +185,7 @@ def _pivot(grid: Grid, mask: Array | None, before: Tag, x: Array, joined: Joined
         merging.means_of_first(x.reshape(grid.shape), pivot)
         return pivot
     found = np.zeros_like(pivot)
-    one = np.ones((1, 1, 1), np.uint8) if mask is None else mask
+    one = read_only(np.ones((1, 1, 1), np.uint8)) if mask is None else mask
     grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
     return pivot
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nbnorm.arrays import read_only
 from nbnorm.backend import Epilogue
 from nbnorm_backends.numba_cpu.activations import TAGS, Tag
 
@@ -34,5 +35,5 @@ NOTHING_JOINED = Joined(None, None, None)
 
 
 def options_of(mask: Array | None, epilogue: Epilogue) -> Options:
-    flags = None if mask is None else mask.view(np.uint8)
+    flags = None if mask is None else read_only(mask.view(np.uint8))
     return Options(epilogue.residual, flags, TAGS[epilogue.before], TAGS[epilogue.after])
