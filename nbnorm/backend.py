@@ -3,6 +3,7 @@ group ``nbnorm.backends``; see the guide "Writing a backend"."""
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -233,24 +234,25 @@ class Backend(ABC):
         epilogue: Epilogue = PLAIN,
         shape: tuple[int, ...],
     ) -> Callable[..., Any]:
-        """The same for a call with running statistics (g,): a function (x, weight, bias, mean, var) that normalizes
-        with them where `momentum` is None, else with x's own, by which they move, in place.
+        """The same for a call with running statistics (g,): a function (x, weight, bias, mean, var, out) that
+        normalizes with them where `momentum` is None, else with x's own, by which they move, in place.
 
         It returns None, and has done nothing, where statistics that would move may overlap each other or an input.
         """
         five, param_shape = x.shape, shape_of_params(weight, bias)
 
-        def again(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
-            if momentum is not None and not apart(mean, var, x, weight, bias):
+        def again(x: Any, weight: Any, bias: Any, mean: Any, var: Any, out: Any) -> Any:
+            if momentum is not None and not apart((mean, var), x, weight, bias):
                 return None
             w, b = (None if param is None else param.reshape(param_shape) for param in (weight, bias))
             stats = fixed_stats(mean, var, eps, five[0]) if momentum is None else None
             keys: dict[str, Any] = {"stats": stats, "epilogue": epilogue}
+            keys["out"] = None if out is None else out.reshape(five)
             y, found, _ = self.forward(read_only(x.reshape(five)), w, b, eps, center=True, **keys)
             if momentum is not None and found is not None:
                 batch = found if five[0] > 1 else Moments(found.count, found.mean[0], found.m2[0], found.residual[0])
                 mean[...], var[...] = batch.blend(mean, var, momentum)
-            return y.reshape(shape)
+            return y.reshape(shape) if out is None else out
 
         return again
 
@@ -345,11 +347,16 @@ def shape_of_params(weight: View | None, bias: View | None) -> tuple[int, ...] |
     return next((param.shape for param in (weight, bias) if param is not None), None)
 
 
-def apart(mean: NDArray[Any], var: NDArray[Any], *inputs: NDArray[Any] | None) -> bool:
-    """Whether running statistics lie apart from each other and from the inputs."""
-    pairs = [(stat, other) for stat in (mean, var) for other in inputs if other is not None]
-    pairs.append((mean, var))
+def apart(written: tuple[NDArray[Any], ...], *inputs: NDArray[Any] | None) -> bool:
+    """Whether arrays that will be written lie apart from each other and from the inputs."""
+    pairs = [(array, other) for array in written for other in inputs if other is not None]
     # The owners of memory need no look at addresses, which takes 2 us, and 15 where the caches hold other things.
     return not any(
-        a is b or (not (a.flags.owndata and b.flags.owndata) and np.may_share_memory(a, b)) for a, b in pairs
+        a is b or (not (a.flags.owndata and b.flags.owndata) and np.may_share_memory(a, b))
+        for a, b in (*pairs, *itertools.combinations(written, 2))
     )
+
+
+def may_write(out: NDArray[Any] | None, x: NDArray[Any], *inputs: NDArray[Any] | None) -> bool:
+    """Whether `out`, where there is one, is x itself or lies apart from it, and from the other inputs."""
+    return out is None or (apart((out,), *inputs) and (out is x or apart((out,), x)))

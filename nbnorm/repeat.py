@@ -1,6 +1,6 @@
 """Calls that are made again and again: checked once, and then found by what their checks depend on.
 
-Remembered is a call of a norm with nothing but arrays of NumPy's to it: x, weight, bias and running statistics.
+Remembered is a call of a norm with nothing but arrays of NumPy's to it: x, weight, bias, running statistics and out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine
-from nbnorm.backend import Backend, Epilogue
+from nbnorm.backend import Backend, Epilogue, may_write
 from nbnorm.engine import Call, Operand
 from nbnorm.layout import Plan
 
@@ -28,26 +28,28 @@ Place = int | str | None  # of an argument: its position, its keyword, or not gi
 class Remembered:
     """How to run a call again, and where its arrays stand among the arguments."""
 
-    def __init__(self, again: Again, places: tuple[Place, Place, Place]) -> None:
+    def __init__(self, again: Again, places: tuple[Place, ...]) -> None:
         self._again = again
-        self._x, self._weight, self._bias = places
+        self._x, self._weight, self._bias, self._out = places
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result; None where the call must be checked after all."""
-        x = _given(self._x, args, kwargs)
-        return self._again(x, _given(self._weight, args, kwargs), _given(self._bias, args, kwargs), None)
+        places = self._x, self._weight, self._bias, self._out
+        x, weight, bias, out = (_given(place, args, kwargs) for place in places)
+        return self._again(x, weight, bias, out) if may_write(out, x, weight, bias) else None
 
 
 class RememberedWithStatistics(Remembered):
     """The same of a call with running statistics."""
 
-    def __init__(self, again: Again, places: tuple[Place, Place, Place], mean: Place, var: Place) -> None:
+    def __init__(self, again: Again, places: tuple[Place, ...], mean: Place, var: Place) -> None:
         super().__init__(again, places)
         self._mean, self._var = mean, var
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, weight, bias = (_given(place, args, kwargs) for place in (self._x, self._weight, self._bias))
-        return self._again(x, weight, bias, _given(self._mean, args, kwargs), _given(self._var, args, kwargs))
+        places = self._x, self._weight, self._bias, self._mean, self._var, self._out
+        *inputs, out = (_given(place, args, kwargs) for place in places)
+        return self._again(*inputs, out) if may_write(out, *inputs) else None
 
 
 def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,7 +94,7 @@ def remember(
 ) -> None:
     """Keep how to run a call again that has just run, if it is of the kind."""
     calls = dispatch.registry.calls
-    if key is None or not isinstance(call, Call) or call.out is not None or dispatch.traced():
+    if key is None or not isinstance(call, Call) or dispatch.traced():
         return
     names = list(inspect.signature(op).parameters)
 
@@ -100,8 +102,8 @@ def remember(
         return names.index(name) if name in names[: len(args)] else name if name in kwargs else None
 
     # x is called weight in weight_standardization, which has no parameters
-    weight, bias = (place(name) if getattr(call, name) is not None else None for name in ("weight", "bias"))
-    places = place(names[0]), weight, bias
+    others = (place(name) if getattr(call, name) is not None else None for name in ("weight", "bias", "out"))
+    places = place(names[0]), *others
     found: Remembered | None = None
     if _statistics(call) is not None:
         again = repeated_with_statistics(call)
@@ -121,7 +123,7 @@ def remember(
 def repeated(call: Call, *, bound: bool = False) -> Again | None:
     """A function (x, weight, bias, out) that does what the call does, for arrays as it had; with `bound` of (x, out),
     for weight and bias as they will be. None where there is more to the call than these; it has no statistics."""
-    ready = _ready(call, (call.x, call.weight, call.bias))
+    ready = _ready(call, (call.x, call.weight, call.bias, call.out))
     if ready is None:
         return None
     placed, backend, epilogue = ready
@@ -131,12 +133,12 @@ def repeated(call: Call, *, bound: bool = False) -> Again | None:
 
 
 def repeated_with_statistics(call: Call) -> Again | None:
-    """A function (x, weight, bias, running_mean, running_var) that does what a call with these does, as
+    """A function (x, weight, bias, running_mean, running_var, out) that does what a call with these does, as
     `Backend.repeated_with_statistics` says; None where there is more to it."""
     statistics = _statistics(call)
     if statistics is None:
         return None
-    ready = _ready(call, (call.x, call.weight, call.bias, *statistics))
+    ready = _ready(call, (call.x, call.weight, call.bias, call.out, *statistics))
     if ready is None:
         return None
     placed, backend, epilogue = ready
@@ -163,7 +165,12 @@ def bound(call: Call) -> Again | None:
     if again is None:
         return None
     given = [None if operand is None else operand.view for operand in (call.weight, call.bias, *statistics)]
-    return lambda x, out: again(x, *given) if out is None and x.flags.aligned else None
+
+    def bound_again(x: NDArray[Any], out: NDArray[Any] | None) -> Any:
+        fits = x.flags.aligned and may_write(out, x, *given) and (out is None or out.flags.aligned)
+        return again(x, *given, out) if fits else None
+
+    return bound_again
 
 
 def _statistics(call: Call) -> tuple[Operand, Operand] | None:

@@ -62,6 +62,38 @@ def test_later_calls_give_the_same_bits(name: str, backend: str) -> None:
     assert len(registry.calls) == remembered
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_later_calls_with_out_give_the_same_bits(name: str, backend: str) -> None:
+    op, keys = CALLS[name]
+    expected = first_of(op(OTHER, **keys, backend=backend)).tobytes()
+    registry.calls.clear()
+    out, apart, alias = np.empty_like(X), np.empty_like(X), OTHER.copy()
+    op(X, **keys, out=out, backend=backend)
+    remembered = len(registry.calls)
+    for x, target in ((OTHER, apart), (alias, alias)):
+        assert first_of(op(x, **keys, out=target, backend=backend)) is target
+        assert target.tobytes() == expected
+    assert len(registry.calls) == remembered
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_out_is_checked_anew(statistics: bool, backend: str) -> None:
+    memory = np.linspace(0.5, 2, 3 * X.size, dtype="f4")
+    x, over = memory[: X.size].reshape(X.shape), memory[1 : X.size + 1].reshape(X.shape)
+    weight = memory[2 * X.size : 2 * X.size + X.shape[1]]
+    keys: dict[str, Any] = {"weight": weight, "backend": backend}
+    op, keys = (nbnorm.batch_norm, keys | {"training": True}) if statistics else (nbnorm.instance_norm, keys)
+    if statistics:
+        keys |= {"running_mean": np.zeros(X.shape[1], "f4"), "running_var": np.ones(X.shape[1], "f4")}
+    op(x, **keys, out=np.empty_like(X))
+    before = memory.copy()
+    with pytest.raises(ValueError, match="overlaps x in part"):
+        op(x, **keys, out=over)
+    with pytest.raises(ValueError, match="out must not overlap weight"):
+        op(x, **keys, out=memory[X.size + 5 : 2 * X.size + 5].reshape(X.shape))
+    assert memory.tobytes() == before.tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["f8", "f2", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("param", ["same", "f4"])
 def test_dtypes(dtype: Any, param: str, backend: str) -> None:

@@ -51,19 +51,23 @@ def repeated_with_statistics(
     if momentum is None:
         fix = _compiled(tables.give, (*statistics, eps, table))
 
-        def evaluate(x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array) -> Array:
+        def evaluate(
+            x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array, out: Array | None
+        ) -> Array:
             table = np.empty((STATISTICS, groups))
             fix(mean, var, eps, table)
-            return normalize(x, weight, bias, None, False, table)
+            return normalize(x, weight, bias, out, False, table)
 
         return evaluate
     step, move = float(momentum), _compiled(tables.move, (*statistics, float(momentum), table))
 
-    def train(x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array) -> Array | None:
-        if not apart(mean, var, x, weight, bias):
+    def train(
+        x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array, out: Array | None
+    ) -> Array | None:
+        if not apart((mean, var), x, weight, bias):
             return None
         table = np.empty((STATISTICS, groups))
-        y = normalize(x, weight, bias, None, True, table)
+        y = normalize(x, weight, bias, out, True, table)
         move(mean, var, step, table)
         return y
 

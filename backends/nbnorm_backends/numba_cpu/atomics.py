@@ -1,4 +1,4 @@
-"""Atomic counters, and waiting on one for a bounded time without holding the GIL."""
+"""Atomic counters."""
 
 from __future__ import annotations
 
@@ -79,15 +79,5 @@ def _increase(counters: Any, index: int, value: int) -> Any:
     return add(counters, index, value)
 
 
-def _wait_while(counters: Any, index: int, value: int, spins: int) -> bool:
-    for _ in range(spins):
-        if get(counters, index) != value:
-            return False
-        pause()
-    return bool(get(counters, index) == value)
-
-
-# For Python. `increase` is `add`; `wait_while` waits while counters[index] is `value`, so many pauses at most, and says
-# whether it is still.
+# For Python: `add`.
 increase = sealed(njit(nogil=True)(_increase), "atomics.increase")
-wait_while = sealed(njit(nogil=True)(_wait_while), "atomics.wait_while")

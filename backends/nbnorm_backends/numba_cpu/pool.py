@@ -27,7 +27,7 @@ from nbnorm_backends.numba_cpu.cache import sealed
 
 Kernel = Callable[..., None]
 # Counters of a job, each on a cache line of its own, and the address of the pool's bell.
-CLAIMED, JOINED, LEFT, IDLE, CLOSED, BELL, COUNTERS = 0, 8, 16, 24, 32, 40, 48
+CLAIMED, JOINED, LEFT, CLOSED, BELL, COUNTERS = 0, 8, 16, 24, 32, 40
 ALONE, CALLER, HELPER = range(3)  # who works
 SPINS = 1000  # pauses (about 40 cycles each) before a thread that waits sleeps: 10 us, a fraction of what waking costs
 LINGER = 3000  # the same for a helper without work: between two norms Python takes 10 us or more
@@ -49,7 +49,7 @@ def worker(kernel: Kernel) -> Callable[..., None]:
     """``work(counters, who, chunks, *args)``: compiled, claims chunks and runs the kernel on them until none is left.
 
     ALONE needs one counter. The CALLER rings the bell, and waits a little for the helpers at the end; a HELPER joins,
-    unless the job is closed, and leaves. All of that without the GIL: a helper that the bell wakes would find it held.
+    unless the job is closed. All of that without the GIL: a helper that the bell wakes would find it held.
     """
     found = _workers.get(kernel)
     if found is None:
@@ -68,8 +68,6 @@ def worker(kernel: Kernel) -> Callable[..., None]:
             "fence()\n"
             "if who == CALLER:\n"
             "    close(counters)\n"
-            "elif who == HELPER:\n"
-            "    add(counters, LEFT, 1)\n"
         )
         work = _compiled("counters, who, chunks", body, kernel, nogil=True)
         if kernel.__module__.startswith(__package__):  # of others the cache does not know the sources
@@ -97,17 +95,13 @@ def close(counters):  # type: ignore[no-untyped-def]  # compiled
         if atomics.get(counters, LEFT) >= atomics.get(counters, JOINED):
             break
         atomics.pause()
-    for _ in range(SPINS):
-        if atomics.get(counters, IDLE) >= atomics.get(counters, JOINED):
-            break
-        atomics.pause()
 
 
 @partial(sealed, name="pool.linger")
 @njit(error_model="numpy", nogil=True)
 def linger(counters, bell, rung, spins):  # type: ignore[no-untyped-def]  # compiled
-    """Wait a little for the bell, which rang so often; the last job's caller may go on."""
-    atomics.add(counters, IDLE, 1)
+    """Leave a job, and wait a little for the bell, which rang so often."""
+    atomics.add(counters, LEFT, 1)
     for _ in range(spins):
         if atomics.get(bell, 0) != rung:
             break
@@ -128,7 +122,7 @@ class _Job:
         self._error: BaseException | None = None
 
     def help(self) -> None:
-        """Join, unless the caller has closed the job already; what a chunk raises is the caller's."""
+        """Join, unless the caller has closed the job already; what a chunk raises is the caller's. `linger` leaves."""
         call = self._call
         if call is None:
             return
@@ -136,7 +130,6 @@ class _Job:
             self._work(HELPER, *call)
         except BaseException as error:  # noqa: BLE001  the helper must live on, and the caller shall see it
             self._error = error
-            atomics.increase(self.counters, LEFT, 1)
 
     def run(self, announce: Callable[[_Job], None]) -> None:
         """Announce the job to helpers and work, then wait until no helper touches the arrays any more, even when
@@ -231,8 +224,7 @@ def _help(jobs: queue.SimpleQueue[_Job], bell: Any) -> None:
         counters = job.counters
         del job  # its arrays must not live on while this thread waits for the next
         rung = int(bell[0])
-        if jobs.empty():
-            linger(counters, bell, rung, LINGER)  # the next call, or phase of a call, is often there in a moment
+        linger(counters, bell, rung, LINGER if jobs.empty() else 0)  # the next call is often there in a moment
 
 
 class Prange:
