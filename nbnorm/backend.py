@@ -357,6 +357,6 @@ def apart(written: tuple[NDArray[Any], ...], *inputs: NDArray[Any] | None) -> bo
     )
 
 
-def may_write(out: NDArray[Any] | None, x: NDArray[Any], *inputs: NDArray[Any] | None) -> bool:
-    """Whether `out`, where there is one, is x itself or lies apart from it, and from the other inputs."""
-    return out is None or (apart((out,), *inputs) and (out is x or apart((out,), x)))
+def may_write(out: NDArray[Any], x: NDArray[Any], *inputs: NDArray[Any] | None) -> bool:
+    """Whether `out` is x itself or lies apart from it, and lies apart from the other inputs."""
+    return apart((out,), *inputs) and (out is x or apart((out,), x))

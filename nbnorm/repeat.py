@@ -34,9 +34,10 @@ class Remembered:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result; None where the call must be checked after all."""
-        places = self._x, self._weight, self._bias, self._out
-        x, weight, bias, out = (_given(place, args, kwargs) for place in places)
-        return self._again(x, weight, bias, out) if may_write(out, x, weight, bias) else None
+        x = _given(self._x, args, kwargs)
+        weight, bias = _given(self._weight, args, kwargs), _given(self._bias, args, kwargs)
+        out = _given(self._out, args, kwargs)
+        return self._again(x, weight, bias, out) if out is None or may_write(out, x, weight, bias) else None
 
 
 class RememberedWithStatistics(Remembered):
@@ -49,7 +50,7 @@ class RememberedWithStatistics(Remembered):
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = self._x, self._weight, self._bias, self._mean, self._var, self._out
         *inputs, out = (_given(place, args, kwargs) for place in places)
-        return self._again(*inputs, out) if may_write(out, *inputs) else None
+        return self._again(*inputs, out) if out is None or may_write(out, *inputs) else None
 
 
 def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,8 +168,8 @@ def bound(call: Call) -> Again | None:
     given = [None if operand is None else operand.view for operand in (call.weight, call.bias, *statistics)]
 
     def bound_again(x: NDArray[Any], out: NDArray[Any] | None) -> Any:
-        fits = x.flags.aligned and may_write(out, x, *given) and (out is None or out.flags.aligned)
-        return again(x, *given, out) if fits else None
+        fits = out is None or (out.flags.aligned and may_write(out, x, *given))
+        return again(x, *given, out) if fits and x.flags.aligned else None
 
     return bound_again
 
