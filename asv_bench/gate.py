@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -242,6 +243,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="calls, and one case of each norm, with fewer pairs")
     parser.add_argument("--only", default="", type=_pattern, metavar="REGEX", help="only benchmarks whose name matches")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # folders and processes end with it
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         rows = gate(options.base, options.head, options.only, options.quick, console)
