@@ -9,8 +9,6 @@ pairs' ratios, with its quartiles.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 
 import nbnorm
 from nbnorm.backend import ACTIVATIONS
+from nbnorm.measure import compare
 
 ROWS = (8192, 4096)
 IMAGES = (32, 256, 64, 64)  # both are 128 MiB of float32
@@ -29,23 +28,6 @@ NORMS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "layer": (nbnorm.layer_norm, ROWS, {"normalized_shape": ROWS[1]}),
     "rms": (nbnorm.rms_norm, ROWS, {"normalized_shape": ROWS[1]}),
 }
-
-
-def ratio(plain: Callable[[], Any], other: Callable[[], Any], pairs: int) -> tuple[list[float], float]:
-    """The quartiles of other's time over plain's, and plain's median time in seconds."""
-    ratios, times = [], []
-    for pair in range(pairs + 2):
-        first, second = seconds(plain), seconds(other)
-        if pair >= 2:  # the first two warm up
-            ratios.append(second / first)
-            times.append(first)
-    return statistics.quantiles(ratios, n=4), statistics.median(times)
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def forward(op: Any, x: Any, keys: dict[str, Any], activation: str | None) -> Callable[[], Any]:
@@ -71,10 +53,10 @@ def main() -> None:
         op, shape, keys = NORMS[norm]
         x = rng.standard_normal(shape, np.float32)
         for activation in options.activation:
-            found, base = ratio(make(op, x, keys, None), make(op, x, keys, activation), options.pairs)
-            low, median, high = found
+            found = compare(make(op, x, keys, None), make(op, x, keys, activation), pairs=options.pairs)
+            low, median, high = found.ratios
             worst = max(worst, median)
-            cost = base / x.size * 1e9
+            cost = found.first / x.size * 1e9
             print(f"{norm:21} {activation:11} {median:5.2f} ({low:.2f} to {high:.2f})  plain {cost:.3f} ns", flush=True)
     print(f"worst median {worst:.2f}")
 

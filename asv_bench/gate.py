@@ -5,10 +5,11 @@
 builds the base (by default HEAD's first parent) and the working tree, or another revision, measures both by the
 benchmarks of this checkout, and prints what moved. It ends with 1 if instructions grew by more than 2% or a ratio to
 NumPy or torch by more than 1.3; with 2 if that cannot be told: a build or a benchmark fails, fewer benchmarks ran than
-there are, or, where CI or NBNORM_CI_STRICT is set, nothing counts instructions. Dependencies are those installed here.
+there are or the base has, or, where CI or NBNORM_CI_STRICT is set, nothing counts instructions. Dependencies are those
+installed here.
 
-A slowdown that is meant is said in the message of a commit after the base, by a trailer `Slower: REGEX` that names the
-benchmarks.
+A slowdown or a removal that is meant is said in the message of a commit after the base, by a trailer `Slower: REGEX`
+that names the benchmarks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 LIMITS = {"track_instructions": 1.02, "track_ratio": 1.3}  # two runs of one code: equal, and within 1.28
 RETRIES = 3  # processes for each side, in turn, before a ratio counts as slower
-BUILT_IN = ("numba)", "numpy)")
+BUILT_IN = (", numba)", ", numpy)")
 
 
 class GateError(Exception):
@@ -66,6 +68,11 @@ class Row:
         return "faster" if change < 1 / self.limit else "same"
 
 
+def matches(accepted: Collection[re.Pattern[str]], name: str) -> bool:
+    """Whether a pattern is found in the name, or is a part of it as it stands: the table's names have parentheses."""
+    return any(pattern.pattern in name or pattern.search(name) for pattern in accepted)
+
+
 def compare(
     base: Mapping[str, float],
     head: Mapping[str, float],
@@ -74,7 +81,7 @@ def compare(
 ) -> list[Row]:
     """A row for each benchmark that is expected or that a side has."""
     return [
-        Row(name, base.get(name), head.get(name), any(pattern.search(name) for pattern in accepted))
+        Row(name, base.get(name), head.get(name), matches(accepted, name))
         for name in dict.fromkeys([*expected, *base, *head])
     ]
 
@@ -100,9 +107,9 @@ class Side:
         _run([*pip, "--target", str(folder), str(source)], "the build failed")
         return cls(folder, {}, {})
 
-    def measure(self, names: Collection[str], quick: bool) -> dict[str, Any]:
-        """Measure these in a process of its own; returns what `benchmarks.gated` wrote."""
-        path = os.pathsep.join(filter(None, [str(self.folder), str(HERE), os.environ.get("PYTHONPATH")]))
+    def measure(self, names: Collection[str], quick: bool, suite: Path = HERE) -> dict[str, Any]:
+        """Measure these in a process of its own; returns what `benchmarks.gated` of the suite wrote."""
+        path = os.pathsep.join(filter(None, [str(self.folder), str(suite), os.environ.get("PYTHONPATH")]))
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(scratch, "result.json")
             command = [sys.executable, "-m", "benchmarks.gated", str(result), *(["--quick"] if quick else [])]
@@ -153,6 +160,13 @@ def without_counts(names: list[str], reason: str | None, console: Console) -> li
     return [name for name in names if not name.startswith("track_instructions")]
 
 
+def removed(base: Side, suite: Path, known: Collection[str], quick: bool) -> list[str]:
+    """What the suite of the base, if it has one, measures and this checkout's does not."""
+    if not (suite / "benchmarks" / "gated.py").exists():
+        return []
+    return [name for name in base.measure([], quick, suite)["names"] if name not in known]
+
+
 def again(base: Side, head: Side, names: list[str], quick: bool) -> None:
     """Measure ratios anew, the sides in turn, and keep the medians."""
     runs: list[tuple[dict[str, float], dict[str, float]]] = []
@@ -177,6 +191,7 @@ def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, co
         ]
         accepted = accepted_slowdowns(base, revision or "HEAD", root)
         known = sides[1].measure([], quick)
+        gone = removed(sides[0], scratch / "base-source" / HERE.name, known["names"], quick)
         names = [name for name in known["names"] if only.search(name)]
         if not names:
             raise GateError(f"--only {only.pattern!r} matches none of {', '.join(known['names'])}")
@@ -185,6 +200,7 @@ def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, co
             side.measure(names, quick)
         before, after = sides
         expected = [name for name in names if name.endswith(BUILT_IN)]
+        expected += [name for name in gone if only.search(name) and not matches(accepted, name)]
         rows = compare(before.values, after.values, expected, accepted)
         doubtful = [row.name for row in rows if row.verdict == "slower" and row.name.startswith("track_ratio")]
         if doubtful:
@@ -227,6 +243,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="calls, and one case of each norm, with fewer pairs")
     parser.add_argument("--only", default="", type=_pattern, metavar="REGEX", help="only benchmarks whose name matches")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # folders and processes end with it
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         rows = gate(options.base, options.head, options.only, options.quick, console)

@@ -163,6 +163,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 FRAMEWORKS = ("torch", "jax", "onnxruntime")  # what is compared with unless something is named
 PICTURE = Path("nbnorm-bench.png")
+STDOUT = Path("-")
 
 
 def _check_one(known: Collection[str]) -> Callable[[str | None], str | None]:
@@ -251,7 +252,14 @@ def bench(
     ] = None,
     pairs: Annotated[int, typer.Option(min=2, help="How often each pair is timed.")] = 31,
     json_file: Annotated[
-        Path | None, typer.Option("--json", callback=_check_folder, dir_okay=False, help="Where to write the figures.")
+        Path | None,
+        typer.Option(
+            "--json",
+            callback=_check_folder,
+            dir_okay=False,
+            allow_dash=True,
+            help="Where to write the figures; - for standard output, with the table on the other.",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -266,16 +274,20 @@ def bench(
     with _failures_in_one_line():
         _use_threads(threads)
         case = _case(op, shape, dtype, channel_axis, channels_last, num_groups, activation, mode, backward)
-        console = _console()
+        console = _console(stderr=json_file == STDOUT)
         report = measure(case, rivals, pairs, backend)
-        console.print(_comparison(report, _title(case)))
+        _print_whole(console, _comparison(report, _title(case)))
         for line in _remarks(report):
             console.print(line, soft_wrap=True)
         if against is None and (absent := [name for name in FRAMEWORKS if name not in rivals]):
             packages = " ".join(package for name in absent for package in PEERS[name].missing())
             console.print(f"left out: {', '.join(absent)}: pip install {packages}", soft_wrap=True)
         if json_file is not None:
-            json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+            figures = json.dumps(report.as_json(), indent=1) + "\n"
+            if json_file == STDOUT:
+                sys.stdout.write(figures)
+            else:
+                json_file.write_text(figures)
             console.print(f"figures: {json_file}", soft_wrap=True)
         if find_spec("matplotlib") is None:
             console.print('no picture: pip install "nbnorm[demo]"')
@@ -326,9 +338,8 @@ def _title(case: Case) -> str:
 
 def _comparison(report: Report, title: str) -> Table:
     table = Table("", title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.columns[0].no_wrap = True
     for name in ("time", "ratio (quartiles)", "GB/s", "of a copy", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     table.add_column("nbnorm is")
     for name, found in {"nbnorm": report.ours, **report.peers}.items():
         if isinstance(found, Timing):
@@ -345,8 +356,16 @@ def _comparison(report: Report, title: str) -> Table:
     return table
 
 
+def _print_whole(console: Console, table: Table) -> None:
+    """As wide as it is: a terminal that breaks its lines shows every figure, a table that fits may cut them."""
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
+
+
 def _time(seconds: float) -> str:
-    scale, unit = next((scale, unit) for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * scale >= 1)
+    units = (1, "s"), (1e3, "ms"), (1e6, "us")
+    scale, unit = next((pair for pair in units if seconds * pair[0] >= 1), units[-1])
     return f"{seconds * scale:.3g} {unit}"
 
 
@@ -593,6 +612,6 @@ def _when_it_runs(found: nbnorm.BackendInfo) -> str:
     )
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     """Text as it is: reasons and paths may hold what rich would take for markup."""
-    return Console(markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

@@ -206,6 +206,21 @@ def test_bench_says_what_a_peer_does_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "nbnorm-bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_cuts_no_figure(tmp_path: Path) -> None:
+    arguments = "--op", "layer_norm", "--against", "numpy"
+    found, printed = bench(tmp_path, *arguments, COLUMNS="40")
+    for row in (found["ours"], found["peers"]["numpy"]):
+        assert f" {row['gigabytes_per_second']:.3g} " in printed
+    assert "nbnorm is" in printed
+    assert "…" not in printed
+
+
+def test_bench_pipes_its_figures(tmp_path: Path) -> None:
+    done = nbnorm("bench", *QUICK, "--against", "numpy", "--json", "-", cwd=tmp_path)
+    assert list(json.loads(done.stdout)["peers"]) == ["numpy"]
+    assert "nbnorm is" in done.stderr
+
+
 @pytest.mark.parametrize(("option", "variable"), [(["--threads", "1"], "2"), ([], "1")])
 def test_bench_on_one_thread(option: list[str], variable: str, tmp_path: Path) -> None:
     found, _ = bench(tmp_path, *option, "--against", "numpy", NBNORM_NUM_THREADS=variable)
@@ -268,7 +283,7 @@ def test_bench_names_a_missing_package(peer: str, hide: str, needs: str) -> None
     [
         (["--op", "group_norm", "--num-groups", "7", "--shape", "4,8"], "num_groups must divide the 8 channels"),
         (["--op", "instance_norm", "--shape", "4,8"], "x must have at least 3 axes"),
-        (["--shape", "1000000,1000000"], r"shape \(1000000, 1000000\) takes 59605 GiB .*; this machine has \d+"),
+        (["--shape", "1000000,1000000"], r"shape \(1000000, 1000000\) takes 126660 GiB .*; this machine has \d+"),
     ],
 )
 def test_bench_says_in_one_line_what_cannot_be(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ def test_what_a_version_lacks_is_not_implemented(monkeypatch: pytest.MonkeyPatch
         cases.runner("forward", "new", "numpy")
 
 
+@pytest.mark.usefixtures("benchmarks")
+def test_a_figure_of_a_plugin_with_a_hyphen() -> None:
+    from benchmarks import gated
+
+    found = gated._parts("track_ratio_numpy_forward(layer_norm small, my-backend)")
+    assert found == ("ratio_numpy", "forward", "layer_norm small", "my-backend")
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ASV_BENCH)} | environment
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,8 @@ def test_a_slowdown_that_a_commit_names_is_accepted(repository: Path) -> None:
     assert [row.verdict for row in rows] == ["accepted", "same"]
     assert gate.exit_code(rows) == 0
     assert gate.exit_code(gate.compare({other: 1000}, {other: 1100}, [], patterns)) == 1
+    commit(f"A name as the table has it\n\nSlower: {COUNT}")
+    assert gate.matches(gate.accepted_slowdowns("HEAD^", "HEAD", repository), COUNT)
     commit("A name that cannot be read\n\nSlower: (")
     with pytest.raises(gate.GateError, match="trailer Slower is no regular expression"):
         gate.accepted_slowdowns("HEAD^", "HEAD", repository)
@@ -118,6 +121,19 @@ def test_without_valgrind_it_fails_in_ci_and_warns_elsewhere(repository: Path, t
     lax = run_gate(repository, "HEAD", "--only", wanted, PATH=str(tmp_path), NBNORM_CI_STRICT="", CI="")
     assert (lax.returncode, "warning: instructions are counted by valgrind" in lax.stdout) == (0, True), lax.stdout
     assert "1 benchmarks: nothing is slower" in lax.stdout
+
+
+@pytest.mark.slow
+def test_a_removed_benchmark_is_missing_unless_a_commit_names_it(repository: Path) -> None:
+    plant(repository / "asv_bench" / "benchmarks" / "cases.py", '    "rms_norm": Case("rms_norm"),\n', "")
+    arguments = "--quick", "--only", "ratio_numpy_forward.(rms|layer)_norm, numpy"
+    done = run_gate(repository, "HEAD", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(r"track_ratio_numpy_forward\(rms_norm, numpy\) .*missing", done.stdout)
+    message = "No RMS norm\n\nSlower: track_ratio_numpy_forward(rms_norm, numpy)"
+    subprocess.run(["git", "-C", str(repository), *AUTHOR, "commit", "-aqm", message], check=True)
+    done = run_gate(repository, "HEAD^", *arguments)
+    assert (done.returncode, "1 benchmarks: nothing is slower" in done.stdout) == (0, True), done.stdout
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from . import callgrind, instructions, ratios
 from .cases import Measured
 
 QUICK_PAIRS = 11
-NAME = re.compile(r"track_(instructions|ratio_numpy|ratio_torch)_(forward|backward|call)\((.+), (\w+)\)")
+NAME = re.compile(r"track_(instructions|ratio_numpy|ratio_torch)_(forward|backward|call)\((.+), (.+)\)")
 
 
 def names(quick: bool) -> list[str]:
