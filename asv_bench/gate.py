@@ -118,6 +118,8 @@ class Side:
             found: dict[str, Any] = json.loads(result.read_text())
         if not Path(found["library"]).is_relative_to(self.folder):
             raise GateError(f"measured is {found['library']}, not the build in {self.folder}")
+        for name in names:  # what fails now is not what was measured before
+            self.values.pop(name, None)
         self.values.update(found["values"])
         self.failed.update(found["failed"])
         return found
@@ -173,10 +175,10 @@ def again(base: Side, head: Side, names: list[str], quick: bool) -> None:
     for _ in range(RETRIES):
         for side in (base, head):
             side.measure(names, quick)
-        runs.append(({name: base.values[name] for name in names}, {name: head.values[name] for name in names}))
-    for name in names:
-        base.values[name] = statistics.median(run[0][name] for run in runs)
-        head.values[name] = statistics.median(run[1][name] for run in runs)
+        runs.append((dict(base.values), dict(head.values)))
+    for side, own in zip((base, head), zip(*runs, strict=True), strict=True):
+        for name in side.values.keys() & names:
+            side.values[name] = statistics.median(values[name] for values in own if name in values)
 
 
 def gate(base: str, revision: str | None, only: re.Pattern[str], quick: bool, console: Console) -> list[Row]:

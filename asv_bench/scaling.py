@@ -9,13 +9,10 @@ one thread over that on all of them, in turn (A B A B), for arrays that the cach
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before any library starts threads
 
 import numpy as np
 

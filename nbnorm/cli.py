@@ -267,7 +267,6 @@ def bench(
     ] = None,
 ) -> None:
     """Time a norm on this machine, in turn with other libraries, and compare each result with float64."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else a library's threads spin while the next is timed
     rivals = _rivals(against)
     if plot is not None and find_spec("matplotlib") is None:
         sys.exit('nbnorm: --plot needs matplotlib: pip install "nbnorm[demo]"')
@@ -376,6 +375,9 @@ def _remarks(report: Report) -> Iterator[str]:
         if not isinstance(found, Timing):
             yield f"{name}: {found}"
     yield f"nbnorm: backend {report.backend}; ratio: time over nbnorm's in {report.pairs} pairs, its own is the noise"
+    if report.peers:
+        unset = "not set: each library decides what its threads do between calls"
+        yield f"OMP_WAIT_POLICY: {os.environ.get('OMP_WAIT_POLICY', unset)}"
     if report.copied_by == "numpy":
         yield "copy: by NumPy, on one thread, for want of Numba"
     if report.noisy:

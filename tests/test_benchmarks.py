@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -123,6 +124,11 @@ def test_ratios_are_told_by_figure() -> None:
     found, failed = ratios.measure(["numpy|forward|layer_norm|numba", "numpy|forward|no_such_case|numpy"], pairs=3)
     assert 0 < found["numpy|forward|layer_norm|numba"] < 10
     assert failed == {"numpy|forward|no_such_case|numpy": "KeyError: 'no_such_case'"}
+
+
+def test_every_version_has_results() -> None:
+    released = re.findall(r"^## (\d+\.\d+\.\d+) ", (ASV_BENCH.parent / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert len(list(ASV_BENCH.glob("results/epyc-2core/*-*.json"))) >= len(released) - 1 >= 2  # the last is not run yet
 
 
 @pytest.mark.usefixtures("benchmarks")
