@@ -44,7 +44,7 @@ from nbnorm.files import replacing
 from nbnorm.parallel import available_threads, thread_count
 from nbnorm.peers import PEERS, ROW_NORMS, TRACKED_NORMS, Case
 from nbnorm.warmup import DTYPES, NORMS, warm
-from nbnorm_backends.numba_cpu import store
+from nbnorm_backends import store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 

@@ -60,6 +60,11 @@ BLOCK = 256  # threads of a block of all other kernels, at most; two of them on 
 COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
 
 
+def real_kind(kind: str) -> str:
+    """The element type that has the type in which this one is computed."""
+    return "float64" if kind == "float64" else "float32"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel, compiled once."""
@@ -73,6 +78,10 @@ class Variant:
     def name(self) -> str:
         parts = [self.family, self.kind, "vector" if self.vector else "scalar"]
         return "_".join(parts if self.rows is None else [*parts, f"{self.rows.threads}x{self.rows.elements}"])
+
+    @property
+    def real(self) -> str:
+        return real_kind(self.kind)
 
     @property
     def bounds(self) -> tuple[int, int]:
