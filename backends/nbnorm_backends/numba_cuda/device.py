@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -136,13 +136,10 @@ class CudaDevice:
     def launch(self, variant: Variant, grid: int, block: int, args: dict[str, Any], stream: int) -> None:
         kernel, names = self._kernel(variant)
         values = arguments(variant, names, args)
-        current = check(self._driver.cuCtxGetCurrent(), self.name)
+        is_current = int(check(self._driver.cuCtxGetCurrent(), self.name)) == int(self._context)
         try:
-            if int(current) == int(self._context):
+            with nullcontext() if is_current else self.current():
                 self._core.launch(self._stream(stream), _config(grid, block), kernel, *values)
-            else:
-                with self.current():
-                    self._core.launch(self._stream(stream), _config(grid, block), kernel, *values)
         except Exception as error:
             raise BackendError(
                 f"{self.name}: the kernel {variant.name} could not be started: {error}. Nothing was written; if an "
@@ -155,7 +152,6 @@ class CudaDevice:
             made = cubins.kernel_of(variant, divmod(self.capability, 10))
             with self.current():
                 kernel = self._core.ObjectCode.from_cubin(made.cubin, name=variant.name).get_kernel(made.entry)
-                _ = kernel.attributes.num_regs()  # loads it now: that is not allowed while a graph is captured
             found = self._loaded[variant] = kernel, made.names
         return found
 
