@@ -182,7 +182,7 @@ class TorchMemory(Library):
     """A CUDA device's memory as torch's caching allocator gives it; while a CUDA graph is captured, from its pool."""
 
     def __init__(self, ordinal: int) -> None:
-        self.device = f"cuda:{ordinal}"
+        self.device = self.place = f"cuda:{ordinal}"  # what torch calls it
 
     def view(self, tensor: Array, name: str) -> Any:
         dtype = self._numpy_dtype(tensor.dtype, name)
@@ -195,8 +195,7 @@ class TorchMemory(Library):
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         torch = sys.modules["torch"]
         make, dtype = torch.zeros if zero else torch.empty, np.dtype(dtype)
-        tensor = make(shape, dtype=getattr(torch, dtype.name), device=self.device)
-        return DeviceArray.of(self, tensor, tensor.data_ptr(), shape, None, dtype)
+        return self._made(make(shape, dtype=getattr(torch, dtype.name), device=self.place), dtype)
 
     def native(self, array: DeviceArray) -> Any:
         tensor, size = array.owner, array.itemsize

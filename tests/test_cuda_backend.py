@@ -17,7 +17,7 @@ from nbnorm.devices import DeviceArray
 
 pytest.importorskip("greenlet", reason="greenlet is not installed (it comes with the test extra)")
 from nbnorm_backends.numba_cuda import backend as cuda_backend
-from nbnorm_backends.numba_cuda import device
+from nbnorm_backends.numba_cuda import cubins, device, launch
 from nbnorm_backends.numba_cuda.simulated_device import SimulatedDevice
 
 EPS = 1e-5
@@ -555,7 +555,7 @@ def versioned(version: Any) -> Any:
     [
         (["numba_cuda", "cuda.core"], 13000, 'numba-cuda and cuda-core not installed: pip install "nbnorm[cuda]"'),
         (["cuda.core"], 13000, 'cuda-core not installed: pip install "nbnorm[cuda]"'),
-        ([], RuntimeError("libcuda.so.1: not found\nand more"), "no NVIDIA driver (libcuda.so.1: not found): install "),
+        ([], RuntimeError("libcuda.so.1: not found"), "no NVIDIA driver was found: install the NVIDIA driver 580"),
         ([], 12040, "the driver is for CUDA 12.4, too old by 13.0: install the NVIDIA driver 580 or later"),
         ([], 13000, None),
     ],
@@ -575,3 +575,237 @@ def test_a_forked_child_is_refused(machine: Machine, monkeypatch: pytest.MonkeyP
     dispatch.registry._forget()  # as a child does
     with pytest.raises(nbnorm.BackendError, match="CUDA does not survive a fork"):
         nbnorm.layer_norm(normal(4, 8), 8, backend="cuda")
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+class HostTorch(arrays.TorchMemory):
+    """torch's memory, where its tensors on the host stand for those on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.place = "cpu"
+
+    def stream(self) -> int:
+        return 0
+
+
+class HostTensors(arrays.TorchTensors):
+    """Sees them so. The simulator works on the memory that torch allocated."""
+
+    memory = HostTorch()
+
+    def view(self, array: Any, name: str) -> Any:
+        super().view(array, name)  # for its checks
+        return self.memory.view(array.detach(), name)
+
+
+@pytest.fixture
+def torch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    torch = pytest.importorskip("torch", reason="torch is not installed (it comes with the test-all extra)")
+    install(monkeypatch, Machine(), HostTensors())
+    return torch
+
+
+def drawn(torch: Any, *shape: int, dtype: str, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_tensors_of_torch(torch: Any, dtype: str) -> None:
+    x, dy = (drawn(torch, 3, 4, 5, 8, dtype=dtype, seed=seed) for seed in (1, 2))
+    x, dy = (tensor.permute(0, 3, 1, 2) for tensor in (x, dy))  # channels last
+    weight, bias = (drawn(torch, 8, dtype=dtype, seed=seed) for seed in (3, 4))
+    mean, var = torch.zeros(8, dtype=torch.float32), torch.ones(8, dtype=torch.float32)
+    y, pullback = nbnorm.vjp(nbnorm.batch_norm, x, mean, var, weight, bias, training=True)
+    grads = pullback(dy)
+    leaves = [tensor.double().clone().requires_grad_() for tensor in (x, weight, bias)]
+    their_mean, their_var = torch.zeros(8).double(), torch.ones(8).double()
+    expected = torch.nn.functional.batch_norm(leaves[0], their_mean, their_var, *leaves[1:], training=True)
+    expected.backward(dy.double())
+    tolerance = {"float32": 2e-6, "float64": 1e-12, "float16": 4e-3, "bfloat16": 4e-2}[dtype]
+    for found, wanted in ((y, expected), (grads.x, leaves[0].grad), (grads.weight, leaves[1].grad),
+                          (grads.bias, leaves[2].grad)):  # fmt: skip
+        assert type(found) is torch.Tensor
+        assert found.dtype is x.dtype
+        torch.testing.assert_close(found.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
+    assert y.stride() == grads.x.stride() == x.stride()
+    torch.testing.assert_close(mean.double(), their_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), their_var, rtol=1e-6, atol=1e-6)
+
+
+def test_tensors_with_gaps_and_off_sixteen_bytes(torch: Any) -> None:
+    x = drawn(torch, 5, 49, dtype="float32")
+    expected = torch.nn.functional.layer_norm(x[:, 1:], (48,))
+    torch.testing.assert_close(nbnorm.layer_norm(x[:, 1:], 48), expected, rtol=1e-5, atol=1e-5)
+    flat = x.reshape(-1)[1:241].reshape(5, 48)
+    torch.testing.assert_close(nbnorm.layer_norm(flat, 48), torch.nn.functional.layer_norm(flat, (48,)))
+
+
+def test_masks_and_sums_of_torch(torch: Any) -> None:
+    x, residual, weight = (drawn(torch, *shape, dtype="bfloat16") for shape in ((5, 24), (5, 24), (24,)))
+    mask = torch.tensor([True, False, True, True, False])[:, None]
+    y = nbnorm.layer_norm(x, 24, weight, mask=mask)
+    assert not y[~mask[:, 0]].any()
+    y, total = nbnorm.add_rms_norm(x, residual, 24, weight.float())
+    torch.testing.assert_close(total, x + residual)
+    wanted = torch.nn.functional.rms_norm(total.float(), (24,), weight.float())
+    torch.testing.assert_close(y.float(), wanted, rtol=1e-2, atol=1e-2)
+    offset = nbnorm.rms_norm(x, 24, weight, weight_offset=1.0)
+    wanted = torch.nn.functional.rms_norm(x.float(), (24,), 1 + weight.float())
+    torch.testing.assert_close(offset.float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_torch_notices_what_was_written(torch: Any) -> None:
+    x, out = drawn(torch, 5, 24, dtype="float32"), torch.zeros(5, 24)
+    mean, var = torch.zeros(24), torch.ones(24)
+    nbnorm.batch_norm(x, mean, var, training=True, out=out)
+    assert [tensor._version for tensor in (out, mean, var)] == [1, 1, 1]
+
+
+def test_tensors_that_require_grad_are_refused(torch: Any) -> None:
+    x = torch.zeros(5, 24, requires_grad=True)
+    with pytest.raises(TypeError, match="x requires grad"):
+        nbnorm.layer_norm(x, 24)
+    with torch.no_grad():
+        nbnorm.layer_norm(x, 24)
+
+
+def test_what_torch_calls_a_device(torch: Any) -> None:
+    """Tensors without memory are all that torch has of a GPU here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        memory = arrays.torch_memory(1)
+        tensor = torch.empty(3, 4, device="cuda:1")
+        assert (memory.device, memory.ordinal) == (str(tensor.device), tensor.device.index)
+        assert torch.empty(2, device=memory.place).device == tensor.device
+        with pytest.raises(TypeError, match="x must be a plain tensor"):
+            arrays.TorchTensors().view(tensor, "x")
+
+
+# ---- the real device, on a driver that only notes what it is asked ---------------------------------------------------
+
+
+class Driver:
+    """The functions of `cuda.bindings.driver` that are used, and of `cuda.core`: the contexts that are current, and
+    what was started in which. That the real packages have them by these names is seen in test_cuda_compile.py."""
+
+    def __init__(self) -> None:
+        self.contexts: list[int] = [99]
+        self.launched: list[Any] = []
+        self.error: Any = 0
+        self.failing: Exception | None = None
+        self.LEGACY_DEFAULT_STREAM = "legacy"
+        self.Stream = SimpleNamespace(from_handle=lambda handle: f"stream {handle}")
+        self.ObjectCode = SimpleNamespace(
+            from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=lambda e: (name, e))
+        )
+        self.LaunchConfig = lambda grid, block: (grid, block)
+
+    def module(self, name: str) -> Driver:
+        assert name in ("cuda.bindings.driver", "cuda.core")
+        return self
+
+    def cuInit(self, flags: int) -> Any:
+        return (self.error,)
+
+    def cuDeviceGet(self, ordinal: int) -> Any:
+        return self.error, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, handle: int) -> Any:
+        return 0, 1000 + handle
+
+    def cuCtxPushCurrent(self, context: int) -> Any:
+        self.contexts.append(context)
+        return (0,)
+
+    def cuCtxPopCurrent(self) -> Any:
+        return 0, self.contexts.pop()
+
+    def cuCtxGetCurrent(self) -> Any:
+        return 0, self.contexts[-1]
+
+    def Device(self, ordinal: int) -> Any:
+        def set_current() -> None:
+            self.contexts[-1] = 1000 + ordinal
+
+        properties = SimpleNamespace(multiprocessor_count=132)
+        return SimpleNamespace(
+            name="NVIDIA H100",
+            compute_capability=(9, 0),
+            properties=properties,
+            set_current=set_current,
+            create_stream=lambda: SimpleNamespace(handle=5),
+        )
+
+    def launch(self, stream: Any, config: Any, kernel: Any, *values: Any) -> None:
+        if self.failing is not None:
+            raise self.failing
+        self.launched.append((self.contexts[-1], stream, config, kernel, values))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(device, "import_module", found.module)
+    monkeypatch.setattr(device, "_config", device._config.__wrapped__)
+    kernel = cubins.Kernel(b"", "entry", ("part_weight", "part_bias", "dweight", "dbias", "parts", "length"))
+    monkeypatch.setattr(cubins, "kernel_of", lambda variant, capability: kernel)
+    return found
+
+
+SUMS = launch.Variant("sum_columns", "float32", vector=False)
+
+
+def launch_sums(opened: Any, stream: int = 0) -> dict[str, Any]:
+    memory = SimulatedDevice().memory
+    args = {name: memory.empty((8,), np.float32) for name in ("part_weight", "part_bias", "dweight")}
+    opened.launch(SUMS, 3, 256, {**args, "dbias": None, "parts": 2**33, "length": 8}, stream)
+    return args
+
+
+def test_launches_run_in_the_context_of_their_device(driver: Driver) -> None:
+    opened = device.CudaDevice(1)
+    assert driver.contexts == [99]
+    assert (opened.name, opened.capability, opened.multiprocessors) == ("NVIDIA H100 (cuda:1)", 90, 132)
+    args = launch_sums(opened)
+    driver.contexts[-1] = 1001  # its own: nothing is pushed
+    launch_sums(opened, stream=0x7F00)
+    assert driver.contexts == [1001]
+    (first, second), kernel = driver.launched, (SUMS.name, "entry")
+    assert first[:4] == (1001, "legacy", (3, 256), kernel)
+    assert second[:4] == (1001, f"stream {0x7F00}", (3, 256), kernel)
+    pointers = [args[name].pointer for name in ("part_weight", "part_bias", "dweight")]
+    assert first[4] == (*pointers, 0, 2**33, 8)
+
+
+def test_errors_name_the_device(driver: Driver) -> None:
+    opened = device.CudaDevice(1)
+    driver.failing = RuntimeError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
+    message = (
+        r"NVIDIA H100 \(cuda:1\): the kernel sum_columns_float32_scalar could not be started: CUDA_ERROR_LAUNCH_OUT_O"
+    )
+    with pytest.raises(nbnorm.BackendError, match=message):
+        launch_sums(opened)
+    assert driver.contexts == [99]
+
+    class Error(int):
+        name = "CUDA_ERROR_NO_DEVICE"
+
+    driver.error = Error(100)
+    with pytest.raises(
+        nbnorm.BackendError, match="cuda:2: CUDA_ERROR_NO_DEVICE: no GPU is visible; look at nvidia-smi"
+    ):
+        device.CudaDevice(2)
+
+
+def test_an_old_device_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(**vars(driver.Device(0)) | {"name": "Tesla V100", "compute_capability": (7, 0)})
+    monkeypatch.setattr(driver, "Device", lambda ordinal: old)
+    with pytest.raises(
+        nbnorm.BackendError, match=r"Tesla V100 \(cuda:0\) has compute capability 7.0; its kernels need 8.0"
+    ):
+        device.CudaDevice(0)

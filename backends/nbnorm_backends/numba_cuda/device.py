@@ -67,11 +67,20 @@ def problem() -> str | None:
     driver = import_module("cuda.bindings.driver")
     try:
         error, version = driver.cuDriverGetVersion()
-    except RuntimeError as found:  # there is no library of the driver
-        return f"no NVIDIA driver ({str(found).splitlines()[0]}): install {DRIVER_NAME}"
+    except RuntimeError:  # there is no library of the driver
+        return f"no NVIDIA driver was found: install {DRIVER_NAME}"
     if not error and version < DRIVER:
         return f"the driver is for CUDA {_dotted(version)}, too old by {_dotted(DRIVER)}: install {DRIVER_NAME}"
     return None
+
+
+def names() -> str:
+    """Of all devices, or why there is none to be seen; there must be a driver."""
+    try:
+        found = import_module("cuda.core").Device.get_all_devices()
+        return ", ".join(f"{each.name} (cuda:{each.device_id})" for each in found) or "none"
+    except RuntimeError as error:
+        return str(error)
 
 
 def _is_there(module: str) -> bool:

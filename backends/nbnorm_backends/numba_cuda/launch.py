@@ -6,7 +6,7 @@ access; those of rows also have a size class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -150,6 +150,17 @@ def variants() -> tuple[Variant, ...]:
         if has(family, kind, vector)
         for rows in row_classes(family, kind, vector)
     )
+
+
+def variants_of(kinds: Collection[str], capability: int) -> list[Variant]:
+    """Those that arrays of these element types need on a device."""
+    real = {real_kind(kind) for kind in kinds}
+    return [
+        each
+        for each in variants()
+        if each.kind in (real if each.family in REAL_ONLY else kinds)
+        and (each.rows is None or each.rows.since <= capability)
+    ]
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
