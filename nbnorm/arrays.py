@@ -231,7 +231,7 @@ class TorchMemory(Library):
 
 
 class CupyArrays(NumpyArrays):
-    """cupy.ndarray."""
+    """cupy.ndarray, whose library has no bfloat16."""
 
     kind = "cupy"
 
@@ -255,8 +255,7 @@ class CupyMemory(Library):
         return DeviceArray.of(self, array, array.data.ptr, array.shape, array.strides, array.dtype)
 
     def stream(self) -> int:
-        with self._current() as cupy:
-            return int(cupy.cuda.get_current_stream().ptr)
+        return int(sys.modules["cupy"].cuda.get_current_stream(self.ordinal).ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         with self._current() as cupy:

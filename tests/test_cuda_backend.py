@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -684,6 +685,49 @@ def test_what_torch_calls_a_device(torch: Any) -> None:
         assert torch.empty(2, device=memory.place).device == tensor.device
         with pytest.raises(TypeError, match="x must be a plain tensor"):
             arrays.TorchTensors().view(tensor, "x")
+
+
+# ---- CuPy ------------------------------------------------------------------------------------------------------------
+
+
+class HostCupy(arrays.CupyMemory):
+    """CuPy's memory, where its arrays are made on the host's."""
+
+    def stream(self) -> int:
+        return 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> DeviceArray:
+        return self.view(self.made(np.zeros(shape, dtype)))
+
+    def made(self, array: Any) -> Any:
+        import cupy
+
+        lies = cupy.cuda.UnownedMemory(array.ctypes.data, array.nbytes, array, device_id=0)
+        return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(lies, 0), array.strides)
+
+
+def read(array: Any) -> Any:
+    """What lies there."""
+    raw = (ctypes.c_char * array.nbytes).from_address(array.data.ptr)
+    return np.ndarray(array.shape, array.dtype, raw, 0, array.strides)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_arrays_of_cupy(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed (it comes with the test-all extra)")
+    memory = HostCupy(0)
+    monkeypatch.setattr(arrays, "cupy_memory", lambda ordinal: memory)
+    install(monkeypatch, Machine(), arrays.CupyArrays())
+    x, dy = (normal(3, 5, 4, 8, dtype=dtype, seed=seed).transpose(0, 3, 1, 2) for seed in (1, 2))
+    weight, bias = (normal(8, dtype="float32" if dtype == "float16" else dtype, seed=seed) for seed in (3, 4))
+    y, pullback = nbnorm.vjp(nbnorm.group_norm, memory.made(x), 2, memory.made(weight), memory.made(bias))
+    grads = pullback(memory.made(dy))
+    expected, back = nbnorm.vjp(nbnorm.group_norm, x, 2, weight, bias)
+    tolerance = 1e-2 if dtype == "float16" else 2e-5
+    for found, wanted in ((y, expected), *zip(grads[:3], back(dy)[:3], strict=True)):
+        assert type(found) is cupy.ndarray
+        assert (found.dtype, found.strides) == (wanted.dtype, wanted.strides)
+        np.testing.assert_allclose(read(found).astype(float), wanted.astype(float), rtol=tolerance, atol=tolerance)
 
 
 # ---- the real device, on a driver that only notes what it is asked ---------------------------------------------------
