@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ def pieces_of(names: Iterable[str], dtypes: Iterable[str]) -> Pieces:
     return [(f"{name}, {dtype}", partial(warm, name, dtype)) for name in names for dtype in dtypes]
 
 
-def gpu_pieces(dtypes: Iterable[str]) -> Pieces:
+def gpu_pieces(dtypes: Collection[str]) -> Pieces:
     """For the first GPU: a piece for each kernel. BackendError where there is none."""
     reason = device.problem()
     if reason is not None:
