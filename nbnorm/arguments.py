@@ -16,7 +16,8 @@ from nbnorm import layout
 from nbnorm.arrays import HALF, Array, adapter_of, float_view, overlap
 from nbnorm.backend import ACTIVATIONS, ORDERS, Backend
 from nbnorm.checks import check_flag, check_index, check_number
-from nbnorm.engine import Call, Operand, Running, check_like
+from nbnorm.devices import on_host
+from nbnorm.engine import Call, Operand, Running, check_beside, check_like
 from nbnorm.layout import Axes
 
 
@@ -69,7 +70,9 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = "
 
 def check_mask(x: Operand, mask: Array) -> NDArray[np.bool_]:
     """The mask with as many axes as x, each 1 or full."""
-    view = adapter_of(mask, "mask").view(mask, "mask")
+    adapter = adapter_of(mask, "mask")
+    view = adapter.view(mask, "mask")
+    check_beside(x, adapter, view, "mask")
     if view.dtype != np.bool_:
         raise TypeError(f"mask must be of dtype bool, True where an element is valid; got {view.dtype}")
     shape = (1,) * (x.view.ndim - view.ndim) + view.shape
@@ -89,6 +92,7 @@ def _check_param(call: Call, param: Array | None, name: str) -> Operand | None:
     if param is None:
         return None
     adapter, view, dtype = float_view(param, name)
+    check_beside(call.x, adapter, view, name)
     shape = _param_shape(call)
     if view.shape != shape:
         raise ValueError(f"{name} must have shape {shape} for x {call.x.view.shape}; got {view.shape}")
@@ -107,6 +111,7 @@ def _param_shape(call: Call) -> tuple[int, ...]:
 def check_out(x: Operand, out: Array, inputs: dict[str, Operand | None]) -> Operand:
     """`out` is x itself or memory of its own, apart from every other input."""
     adapter, view, _ = float_view(out, "out")
+    check_beside(x, adapter, view, "out")
     if view.shape != x.view.shape or view.dtype != x.view.dtype:
         raise ValueError(
             f"out must have x's shape {x.view.shape} and dtype {x.view.dtype}; got {view.shape} and {view.dtype}"
@@ -174,6 +179,10 @@ def check_statistics(
 def check_ghost_batch_size(call: Call, value: Any, channel: int) -> int:
     size = check_index("ghost_batch_size", value)
     shape = call.x.view.shape
+    if not on_host(call.x.view):
+        raise TypeError(
+            f"ghost_batch_size needs x in host memory, where its parts are joined; got {call.x.view.device}"
+        )
     if size < 1:
         raise ValueError(f"ghost_batch_size must be at least 1; got {size}")
     if channel == 0:
@@ -189,6 +198,7 @@ def check_ghost_batch_size(call: Call, value: Any, channel: int) -> int:
 
 def _check_running(call: Call, array: Array, name: str) -> Operand:
     adapter, view, dtype = float_view(array, name)
+    check_beside(call.x, adapter, view, name)
     shape = _param_shape(call)
     if view.shape != shape:
         raise ValueError(

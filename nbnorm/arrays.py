@@ -1,4 +1,5 @@
-"""Array kinds: how to see each as a NumPy array without a copy, and how to give a result back as the same kind.
+"""Array kinds: how to see each without a copy, as a NumPy array or a `DeviceArray`, and how to give a result back as
+the same kind.
 
 A new kind is one small class with `accepts`, `view` and `wrap` (and `written`, if it counts writes), added to `KINDS`.
 The class is found once per type and cached; no framework is imported, because an array of its kind can only come from
@@ -8,10 +9,15 @@ a program that has it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+from nbnorm.devices import DeviceArray, Library
 
 Array = Any  # an array of any supported kind
 HALF = ("float16", "bfloat16")
@@ -21,13 +27,17 @@ _dtype_names: dict[np.dtype[Any], str] = {}
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:
     """One kind of view for backends to compile for, and a guard against writing to an input."""
+    if isinstance(array, DeviceArray):
+        return array
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    """Whether two arrays share an element's memory."""
+    """Whether two arrays share an element's memory; on a device, whether they may."""
+    if isinstance(a, DeviceArray):
+        return isinstance(b, DeviceArray) and a.overlaps(b)
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -45,7 +55,7 @@ class NumpyArrays:
         return cls in (np.ndarray, np.memmap)
 
     def view(self, array: Array, name: str) -> NDArray[Any]:
-        """The same memory as a NumPy array; TypeError where there is no such view."""
+        """The same memory as a NumPy array, or as a `DeviceArray`; TypeError where there is no such view."""
         found: NDArray[Any] = array
         return found
 
@@ -58,7 +68,7 @@ class NumpyArrays:
 
 
 class TorchTensors(NumpyArrays):
-    """torch.Tensor and torch.nn.Parameter in host memory."""
+    """torch.Tensor and torch.nn.Parameter, in host memory or on a CUDA device."""
 
     kind = "torch"
 
@@ -69,8 +79,8 @@ class TorchTensors(NumpyArrays):
         torch = sys.modules["torch"]
         if type(array) not in (torch.Tensor, torch.nn.Parameter):
             raise TypeError(f"{name} must be a plain tensor; got {_describe(type(array))}, which may hold no memory")
-        if array.device.type != "cpu":
-            raise TypeError(f"{name} must lie in host memory; got a torch tensor on {array.device}")
+        if array.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"{name} must lie in host memory or on a CUDA device; got a torch tensor on {array.device}")
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got layout {array.layout}")
         if array.is_neg():
@@ -80,6 +90,9 @@ class TorchTensors(NumpyArrays):
                 f"{name} requires grad, and nbnorm does not record on torch's tape: call it under torch.no_grad() "
                 "or with .detach(), and take gradients with nbnorm.vjp"
             )
+        if array.device.type == "cuda":
+            on_device: NDArray[Any] = torch_memory(array.device.index).view(array.detach(), name)
+            return on_device
         if array.dtype is torch.bfloat16:
             bits: NDArray[Any] = array.detach().view(torch.int16).numpy()
             return bits.view(bfloat16(name))
@@ -87,6 +100,8 @@ class TorchTensors(NumpyArrays):
         return found
 
     def wrap(self, result: NDArray[Any], like: Array) -> Array:
+        if isinstance(result, DeviceArray):
+            return result.native()
         torch = sys.modules["torch"]
         if dtype_name(result.dtype) == "bfloat16":
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
@@ -137,7 +152,10 @@ class DLPackArrays(NumpyArrays):
     def view(self, array: Array, name: str) -> NDArray[Any]:
         device_type = int(array.__dlpack_device__()[0])
         if device_type != 1:  # kDLCPU of the DLPack specification
-            raise TypeError(f"{name} must lie in host memory; got DLPack device type {device_type}")
+            raise TypeError(
+                f"{name} must lie in host memory; got DLPack device type {device_type}: pass "
+                "torch.from_dlpack(array) or cupy.from_dlpack(array), whose arrays are taken on a GPU"
+            )
         self._from_dlpack(array, name)
         try:
             return np.from_dlpack(array)
@@ -160,7 +178,120 @@ class DLPackArrays(NumpyArrays):
         return reader
 
 
-KINDS: list[NumpyArrays] = [NumpyArrays(), TorchTensors(), JaxArrays(), DLPackArrays()]
+class TorchMemory(Library):
+    """A CUDA device's memory as torch's caching allocator gives it; while a CUDA graph is captured, from its pool."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.device = self.place = f"cuda:{ordinal}"  # what torch calls it
+
+    def view(self, tensor: Array, name: str) -> Any:
+        dtype = self._numpy_dtype(tensor.dtype, name)
+        strides = tuple(step * dtype.itemsize for step in tensor.stride())
+        return DeviceArray.of(self, tensor, tensor.data_ptr(), tuple(tensor.shape), strides, dtype)
+
+    def stream(self) -> int:
+        return int(sys.modules["torch"].cuda.current_stream(self.device).cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
+        torch = sys.modules["torch"]
+        make, dtype = torch.zeros if zero else torch.empty, np.dtype(dtype)
+        return self._made(make(shape, dtype=getattr(torch, dtype.name), device=self.place), dtype)
+
+    def native(self, array: DeviceArray) -> Any:
+        tensor, size = array.owner, array.itemsize
+        first = tensor.storage_offset() + (array.pointer - tensor.data_ptr()) // size
+        return tensor.as_strided(array.shape, [step // size for step in array.strides], first)
+
+    def converted(self, array: DeviceArray, dtype: DTypeLike) -> DeviceArray:
+        torch, dtype = sys.modules["torch"], np.dtype(dtype)
+        wanted = getattr(torch, dtype.name)
+        return self._made(self.native(array).to(wanted, copy=True, memory_format=torch.contiguous_format), dtype)
+
+    def assign(self, target: DeviceArray, source: DeviceArray) -> None:
+        self.native(target).copy_(self.native(source))
+
+    def sum(self, array: DeviceArray, other: DeviceArray | float) -> DeviceArray:
+        addend = self.native(other) if isinstance(other, DeviceArray) else other
+        return self._made((self.native(array) + addend).contiguous(), array.dtype)
+
+    def host(self, array: DeviceArray) -> NDArray[Any]:
+        return np.asarray(self.native(array).cpu().numpy())
+
+    def _made(self, tensor: Any, dtype: np.dtype[Any]) -> DeviceArray:
+        return DeviceArray.of(self, tensor, tensor.data_ptr(), tuple(tensor.shape), None, dtype)
+
+    def _numpy_dtype(self, dtype: Any, name: str) -> np.dtype[Any]:
+        """Of elements that a norm takes, and of masks."""
+        named = str(dtype).removeprefix("torch.")
+        if named == "bfloat16":
+            return bfloat16(name)
+        if named not in (*DTYPES, "bool"):
+            raise TypeError(f"{name} must be of dtype {', '.join(DTYPES)}, a mask of bool; got {dtype}")
+        return np.dtype(named)
+
+
+class CupyArrays(NumpyArrays):
+    """cupy.ndarray, whose library has no bfloat16."""
+
+    kind = "cupy"
+
+    def accepts(self, cls: type) -> bool:
+        return cls.__module__.partition(".")[0] == "cupy" and cls.__name__ == "ndarray"
+
+    def view(self, array: Array, name: str) -> Any:
+        return cupy_memory(array.device.id).view(array)
+
+    def wrap(self, result: Any, like: Array) -> Array:
+        return result.native()
+
+
+class CupyMemory(Library):
+    """A CUDA device's memory as CuPy's pool gives it."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.device = f"cuda:{ordinal}"
+
+    def view(self, array: Array) -> DeviceArray:
+        return DeviceArray.of(self, array, array.data.ptr, array.shape, array.strides, array.dtype)
+
+    def stream(self) -> int:
+        return int(sys.modules["cupy"].cuda.get_current_stream(self.ordinal).ptr)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
+        with self._current() as cupy:
+            return self.view((cupy.zeros if zero else cupy.empty)(shape, dtype))
+
+    def native(self, array: DeviceArray) -> Any:
+        begin = array.owner.data + (array.pointer - array.owner.data.ptr)
+        return sys.modules["cupy"].ndarray(array.shape, array.dtype, begin, array.strides)
+
+    def converted(self, array: DeviceArray, dtype: DTypeLike) -> DeviceArray:
+        with self._current() as cupy:
+            return self.view(cupy.array(self.native(array), dtype, order="C"))
+
+    def assign(self, target: DeviceArray, source: DeviceArray) -> None:
+        with self._current():
+            self.native(target)[...] = self.native(source)
+
+    def sum(self, array: DeviceArray, other: DeviceArray | float) -> DeviceArray:
+        with self._current() as cupy:
+            addend = self.native(other) if isinstance(other, DeviceArray) else array.dtype.type(other)
+            return self.view(cupy.ascontiguousarray(self.native(array) + addend))
+
+    def host(self, array: DeviceArray) -> NDArray[Any]:
+        with self._current() as cupy:
+            return np.asarray(cupy.asnumpy(self.native(array)))
+
+    @contextmanager
+    def _current(self) -> Iterator[Any]:
+        """CuPy, with this device current, as it allocates and computes on that one."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.ordinal):
+            yield cupy
+
+
+torch_memory, cupy_memory = lru_cache(TorchMemory), lru_cache(CupyMemory)
+KINDS: list[NumpyArrays] = [NumpyArrays(), TorchTensors(), JaxArrays(), CupyArrays(), DLPackArrays()]
 _by_type: dict[type, NumpyArrays] = {}
 
 
@@ -177,7 +308,7 @@ def adapter_of(array: Array, name: str) -> NumpyArrays:
 
 
 def _known() -> str:
-    return "NumPy, torch, JAX or any with __dlpack__"
+    return "NumPy, torch, JAX, CuPy or any with __dlpack__"
 
 
 def _describe(cls: type) -> str:

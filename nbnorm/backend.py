@@ -93,6 +93,21 @@ class Saved:
         return r * c * s if self.valid is None else self.valid
 
 
+class DeviceMoments(ABC):
+    """Moments (n, g) that lie on a device, as the kernels of its backend keep them: what that returns for `Moments`."""
+
+    count: Any  # elements behind each: one number, or (n, g) under a mask
+    mean: Stats
+
+    @abstractmethod
+    def host(self) -> Moments:
+        """The same in host memory, for which the host waits."""
+
+    @abstractmethod
+    def commit(self, running_mean: View, running_var: View, momentum: float) -> None:
+        """Move running statistics (g,) on the device, in its order of work, as `Moments.update` does."""
+
+
 class Backend(ABC):
     """One way to compute every norm. Four methods are required; `forward` and `backward` are composed from them
     and may be overridden by a backend that fuses.
@@ -106,6 +121,7 @@ class Backend(ABC):
     api_version: ClassVar[int] = API_VERSION
     name: str
     device: Literal["cpu", "cuda"] = "cpu"
+    takes_host: ClassVar[bool] = False  # copies host arrays to its device and back, where a call names it
 
     def reject(self, request: Request) -> str | None:
         """Why this backend cannot serve the request, or None. Pure and cheap: its answers are cached."""
@@ -151,6 +167,10 @@ class Backend(ABC):
         """dx = rstd * (weight*dy - k1 - xhat*k2), in x's dtype; k1 and k2 are (n, g), None for zero."""
 
     # ---- what the engine calls: composed here, and overridden by backends that fuse ---------------------------------
+
+    def fixed_stats(self, mean: View, var: View, eps: float, n: int) -> tuple[Stats, Stats]:
+        """`stats` for `forward` from given statistics (g,), which may change later."""
+        return fixed_stats(mean, var, eps, n)
 
     def fuses(self, request: Request) -> bool:
         """Whether the request runs in one pass over memory, or else is composed from the methods above and NumPy."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -43,8 +42,9 @@ from nbnorm.errors import BackendError, StateError
 from nbnorm.files import replacing
 from nbnorm.parallel import available_threads, thread_count
 from nbnorm.peers import PEERS, ROW_NORMS, TRACKED_NORMS, Case
-from nbnorm.warmup import DTYPES, NORMS, warm
-from nbnorm_backends.numba_cpu import store
+from nbnorm.warmup import DTYPES, NORMS, gpu_pieces, pieces_of
+from nbnorm_backends import store
+from nbnorm_backends.numba_cuda import device
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -139,16 +139,21 @@ def warmup(
     dtype: Annotated[
         list[str], typer.Option(callback=_check_each(DTYPES), help="A dtype, repeatable.", show_default="float32")
     ] = ["float32"],  # noqa: B006
+    gpu: Annotated[bool, typer.Option(help="All kernels of the dtypes for this machine's first GPU, instead.")] = False,
 ) -> None:
     """Compile the Numba kernels of norms and their gradients, or load them, so that later processes load them."""
     console = _console()
     begin = time.perf_counter()
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        pieces = gpu_pieces(dtype) if gpu else pieces_of(op, dtype)
+    except BackendError as error:
+        raise _bad("--gpu", str(error)) from None
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(op) * len(dtype))
-        for name, scalar in itertools.product(op, dtype):
-            progress.update(task, description=f"{name}, {scalar}")
-            warm(name, scalar)
+        task = progress.add_task("", total=len(pieces))
+        for name, compile_piece in pieces:
+            progress.update(task, description=name)
+            compile_piece()
             progress.advance(task)
     console.print(f"ready after {time.perf_counter() - begin:.1f} s")
     console.print(f"cache folder: {_cache()}", soft_wrap=True)
@@ -549,9 +554,10 @@ def _facts() -> dict[str, str]:
     return {
         "nbnorm": nbnorm.__version__,
         "Python": platform.python_version(),
-        **{package: _version(package) for package in ("numpy", "numba", "scipy")},
+        **{package: _version(package) for package in ("numpy", "numba", "scipy", *device.NEEDED.values())},
         "processor": processor(),
         "threads": _threads(),
+        "GPUs": device.problem() or device.names(),
         "cache folder": _cache(),
         "dispatch": _dispatch(),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NBNORM_")},
@@ -596,7 +602,8 @@ def _backend_table() -> Table:
             registry.load(found.name)
     table = Table("backend", "distribution", "state", "reason", title="Backends")
     for found in nbnorm.backends():
-        table.add_row(found.name, found.distribution, found.state, found.reason or _when_it_runs(found))
+        missing = device.problem() if found.name == "cuda" else None
+        table.add_row(found.name, found.distribution, found.state, found.reason or missing or _when_it_runs(found))
     return table
 
 

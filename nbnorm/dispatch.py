@@ -29,6 +29,7 @@ BUILT_IN_NAMES = {name for order in BUILT_IN_ORDER.values() for name in order}
 FALLBACK = EntryPoint("numpy", f"{BUILT_IN_PACKAGE}.numpy_ref:make", ENTRY_POINTS)
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 BUILT_IN = "built-in order"
+NAMED = "backend="
 KEPT_OUT = "kept out by NBNORM_DISABLE_PLUGINS"
 
 log = logging.getLogger("nbnorm")
@@ -72,7 +73,7 @@ class Decision:
         if self.chosen is None:
             return f"no backend takes it (asked through {self.source})"
         chosen = self.chosen if self.fused else f"{self.chosen}, composed"
-        if self.source == "backend=":
+        if self.source == NAMED:
             return f"{chosen} (named by backend=)"
         order = f"the {BUILT_IN}" if self.source == BUILT_IN else f"{self.source}'s order"
         return f"{chosen} (the first in {order} to take it)"
@@ -192,7 +193,7 @@ class Registry:
             chosen, fused = None, True
             for name in order:
                 backend = self.load(name)
-                reason = backend if isinstance(backend, str) else _refusal(backend, request)
+                reason = backend if isinstance(backend, str) else _refusal(backend, request, source)
                 if reason is None:
                     assert isinstance(backend, Backend)
                     chosen, fused = name, backend.fuses(request)
@@ -288,9 +289,10 @@ def _load(point: EntryPoint) -> Backend | str:
     return backend
 
 
-def _refusal(backend: Backend, request: Request) -> str | None:
-    if backend.device != request.device:
-        return f"runs on {backend.device}, the array lies on {request.device}"
+def _refusal(backend: Backend, request: Request, source: str) -> str | None:
+    if backend.device != request.device and not (backend.takes_host and request.device == "cpu" and source == NAMED):
+        copies = f"; backend={backend.name!r} on the call copies it" if backend.takes_host else ""
+        return f"runs on {backend.device}, the array lies on {request.device}{copies}"
     if request.op in WHOLE_OPS and request.op not in backend.whole_ops:
         return f"does not have {request.op}"
     reason = backend.reject(request)
@@ -396,7 +398,7 @@ def backends() -> tuple[BackendInfo, ...]:
     >>> import nbnorm
     >>> ours = (b for b in nbnorm.backends() if b.distribution.startswith("nbnorm "))
     >>> sorted(backend.name for backend in ours)
-    ['numba', 'numpy']
+    ['cuda', 'numba', 'numpy']
     """
     return registry.list()
 
@@ -459,12 +461,12 @@ def environment_order() -> tuple[str, ...]:
 
 def _strict(request: Request, backend: str | Backend) -> Decision:
     if isinstance(backend, Backend):
-        reason = _refusal(backend, request)
+        reason = _refusal(backend, request, NAMED)
         if reason is not None:
-            return Decision(request, "backend=", None, ((backend.name, reason),))
-        return Decision(request, "backend=", backend.name, (), fused=backend.fuses(request))
+            return Decision(request, NAMED, None, ((backend.name, reason),))
+        return Decision(request, NAMED, backend.name, (), fused=backend.fuses(request))
     registry.require((backend,))
-    return registry.decide((backend,), "backend=", request)
+    return registry.decide((backend,), NAMED, request)
 
 
 def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:

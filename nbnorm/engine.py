@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from nbnorm import composed, dispatch, layout
 from nbnorm.arrays import Array, NumpyArrays, float_view, overlap, read_only
-from nbnorm.backend import PLAIN, Backend, Epilogue, Grads, Request, Saved, fixed_stats, masked_rstd
+from nbnorm.backend import PLAIN, Backend, DeviceMoments, Epilogue, Grads, Request, Saved, fixed_stats, masked_rstd
+from nbnorm.devices import broadcast, contiguous, copied, empty_like, on_host, zeros_like
 from nbnorm.dropout import Dropout, warn_of_variance_shift
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
@@ -20,7 +21,7 @@ PARAM_AXES = ((layout.R, "r"), (layout.G, "g"), (layout.C, "c"))
 
 @dataclass(slots=True)
 class Operand:
-    """An array of the caller's: what came, and the NumPy view of it."""
+    """An array of the caller's: what came, and the NumPy view of it, or on a device the `DeviceArray`."""
 
     given: Array
     adapter: NumpyArrays
@@ -39,10 +40,21 @@ class Operand:
 def check_like(other: Operand, array: Array, name: str, *, as_: str = "x") -> Operand:
     """An array of the shape and dtype of another, x if not named; ValueError, where it is not."""
     adapter, view, _ = float_view(array, name)
+    check_beside(other, adapter, view, name, as_=as_)
     shape, dtype = other.view.shape, other.view.dtype
     if view.shape != shape or view.dtype.newbyteorder("=") != dtype.newbyteorder("="):
         raise ValueError(f"{name} must have {as_}'s shape {shape} and dtype {dtype}; got {view.shape} and {view.dtype}")
     return Operand(array, adapter, view)
+
+
+def check_beside(other: Operand, adapter: NumpyArrays, view: NDArray[Any], name: str, *, as_: str = "x") -> None:
+    """TypeError, where an array lies on another device than `other`, or there belongs to another library, which would
+    run on another stream."""
+    where, here = other.view.device, view.device
+    if where != here:
+        raise TypeError(f"{name} must lie on {where}, as {as_} does; got an array on {here}")
+    if where != "cpu" and adapter is not other.adapter:
+        raise TypeError(f"{name} must be of {other.adapter.kind} on {where}, as {as_} is; got one of {adapter.kind}")
 
 
 @dataclass(slots=True)
@@ -100,8 +112,16 @@ class Call:
         if self.op == "moments":
             raise TypeError("op must be a norm to be differentiated; got nbnorm.moments")
         self.check_inputs_survive()
-        result, ran = _run(self)
+        result, ran = _run(self._with_statistics_kept())
         return result, Pullback(self, ran)
+
+    def _with_statistics_kept(self) -> Call:
+        """The call with copies of given statistics that lie on a device: a later call may update them before the
+        pullback of this one runs. Those on the host are copied in any case."""
+        if self.fixed is None or on_host(self.x.view):
+            return self
+        mean, var = (replace(operand, view=copied(operand.view)) for operand in self.fixed)
+        return replace(self, fixed=(mean, var))
 
     def check_inputs_survive(self) -> None:
         """ValueError where `out` would overwrite what the gradient needs."""
@@ -127,8 +147,7 @@ class Placed:
     def five_axes(self) -> NDArray[Any]:
         """What the backend gets: a read-only view of x, or of its copy."""
         if self.copied:
-            dtype = self.ordered.dtype.newbyteorder("=")
-            return read_only(np.array(self.ordered, dtype, order="C").reshape(self.plan.layout))
+            return read_only(copied(self.ordered).reshape(self.plan.layout))
         return read_only(self.ordered.reshape(self.plan.layout))
 
 
@@ -149,6 +168,8 @@ def place(call: Call) -> Placed:
             ordered.reshape(plan.layout, copy=False)
         except ValueError:
             reason = f"strides {x.strides} of shape {x.shape} collapse into no five-axis view"
+    if not (reason or on_host(x) or plain(ordered)):
+        reason = f"strides {x.strides} of shape {x.shape} leave gaps, and kernels on a GPU have none for that"
     copies = [f"x ({x.nbytes} bytes): {reason}"] if reason else []
     if call.dropped is not None:
         copies.append(f"x ({x.nbytes} bytes): elements are dropped from it before the norm")
@@ -169,18 +190,20 @@ def view_like(array: NDArray[Any], axes: Axes, plan: Plan, *, copy: bool = True)
         return ordered.reshape(plan.layout)
     if not copy:
         return None
-    return np.array(ordered, ordered.dtype.newbyteorder("="), order="C").reshape(plan.layout)
+    return copied(ordered).reshape(plan.layout)
 
 
 def view_param(param: NDArray[Any], axes: Axes, plan: Plan) -> NDArray[Any]:
     """weight or bias as a C-contiguous five-axis array, each axis 1 or full."""
     ordered = param.reshape(axes.param_shape).transpose(plan.param_order)
-    return np.array(ordered, ordered.dtype.newbyteorder("="), order="C", copy=None).reshape(plan.param_shape)
+    return contiguous(ordered).reshape(plan.param_shape)
 
 
 def view_input(array: NDArray[Any], axes: Axes, plan: Plan) -> NDArray[Any]:
     """An input of x's shape besides x, as backends read it."""
-    return read_only(np.asarray(view_like(array, axes, plan)))
+    view = view_like(array, axes, plan)
+    assert view is not None
+    return read_only(view)
 
 
 def view_mask(mask: NDArray[np.bool_], axes: Axes, plan: Plan) -> NDArray[np.bool_]:
@@ -199,7 +222,7 @@ def view_mask(mask: NDArray[np.bool_], axes: Axes, plan: Plan) -> NDArray[np.boo
             axis += 1
         if any(length > 1 for length in ordered.shape[begin:axis]):
             full[begin:axis], five[slot] = lengths[begin:axis], size
-    return np.ascontiguousarray(np.broadcast_to(ordered, full)).reshape(five)
+    return contiguous(broadcast(ordered, full)).reshape(five)
 
 
 def from_five_axes(y: NDArray[Any], call: Call, plan: Plan) -> NDArray[Any]:
@@ -221,7 +244,8 @@ def request(call: Call, plan: Plan) -> Request:
     order = None if call.activation is None else call.order
     split = sizes.r > 1 and sizes.s > 1
     extras = call.activation, order, call.residual is not None, call.mask is not None
-    return Request(call.op, "cpu", call.dtype, call.center, params, split, *extras)
+    device = call.x.view.device.partition(":")[0]
+    return Request(call.op, device, call.dtype, call.center, params, split, *extras)
 
 
 def moments(call: Call) -> Moments:
@@ -230,8 +254,8 @@ def moments(call: Call) -> Moments:
     backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
     if not call.x.view.size:
         return _no_moments(call.axes)
-    found = backend.statistics(placed.five_axes(), center=True, mask=_mask(call, placed.plan))
-    return logical_moments(found, call.axes, placed.plan)
+    found: Any = backend.statistics(placed.five_axes(), center=True, mask=_mask(call, placed.plan))
+    return logical_moments(found.host() if isinstance(found, DeviceMoments) else found, call.axes, placed.plan)
 
 
 def _run(call: Call) -> tuple[Any, Ran]:
@@ -249,22 +273,28 @@ def begin(call: Call) -> Call:
     return replace(call, x=Operand(call.x.given, call.x.adapter, call.dropped(np.array(call.x.view))))
 
 
-def compute(call: Call) -> tuple[NDArray[Any], NDArray[Any], Moments | None, Ran]:
-    """y and x + addend (x itself without one) in the caller's shape, the moments where they are x's own and called for,
-    and what a pullback needs. Nothing of the caller's is written but `out`."""
+def compute(call: Call) -> tuple[NDArray[Any], NDArray[Any], Any, Ran]:
+    """y and x + addend (x itself without one) in the caller's shape, the `Moments` where they are x's own and called
+    for (`DeviceMoments`, where it is for running statistics on a device), and what a pullback needs. Nothing of the
+    caller's is written but `out`."""
     placed = place(call)
     backend = dispatch.select(request(call, placed.plan), call.backend, placed.copies)
     ran = Ran(call, placed.plan, backend)
     wanted = call.fixed is None and (call.running is not None or call.return_moments)
     if not call.x.view.size:
         batch = _no_moments(call.axes) if wanted else None
-        return np.empty_like(call.x.view), np.empty_like(call.x.view), batch, ran
+        return empty_like(call.x.view), empty_like(call.x.view), batch, ran
     y, total, found = _forward(call, placed, ran)
-    batch = logical_moments(found, call.axes, placed.plan) if wanted and found is not None else None
-    return y, total, batch, ran
+    if not wanted or found is None:
+        return y, total, None, ran
+    if isinstance(found, DeviceMoments):
+        if not call.return_moments:
+            return y, total, found, ran
+        found = found.host()
+    return y, total, logical_moments(found, call.axes, placed.plan), ran
 
 
-def finish(call: Call, y: NDArray[Any], total: NDArray[Any], batch: Moments | None) -> Any:
+def finish(call: Call, y: NDArray[Any], total: NDArray[Any], batch: Any) -> Any:
     """What the caller gets; `out` and the running statistics are written."""
     if call.dropout is not None:
         y = call.dropout(y)
@@ -278,16 +308,17 @@ def finish(call: Call, y: NDArray[Any], total: NDArray[Any], batch: Moments | No
     return (result, batch) if call.return_moments else result
 
 
-def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArray[Any], Moments | None]:
+def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArray[Any], Any]:
     """y in the caller's shape (the view of `out` itself, where the backend wrote there), x + addend (x itself without
     one), and the moments; `ran` takes the Saved."""
     axes, plan, backend, center = call.axes, placed.plan, ran.backend, call.center
     weight, bias = _weight(call, plan), None if call.bias is None else view_param(call.bias.view, axes, plan)
     mask, epilogue = _mask(call, plan), _epilogue(call, plan)
     fixed = call.fixed
-    stats = None if fixed is None else fixed_stats(fixed[0].view, fixed[1].view, call.eps, plan.layout.n)
+    stats = None if fixed is None else backend.fixed_stats(fixed[0].view, fixed[1].view, call.eps, plan.layout.n)
     out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
-    x, total, found = placed.five_axes(), call.x.view, None
+    x, total = placed.five_axes(), call.x.view
+    found: Any = None
     if call.renorm is not None:
         found = backend.statistics(x, center=True, mask=mask, epilogue=epilogue)
         stats = found.mean, masked_rstd(found, call.eps)
@@ -310,9 +341,13 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
     return from_five_axes(y, call, plan), total, found
 
 
-def _commit(running: Running, batch: Moments) -> None:
+def _commit(running: Running, batch: Moments | DeviceMoments) -> None:
     """Both new values first, then both writes: an error leaves the running statistics as they were."""
-    mean, var = batch.blend(running.mean.view, running.var.view, running.momentum)
+    mean, var = running.mean.view, running.var.view
+    if isinstance(batch, DeviceMoments):
+        batch.commit(mean, var, running.momentum)
+    else:
+        mean, var = batch.blend(mean, var, running.momentum)
     running.mean.write(mean)
     running.var.write(var)
 
@@ -432,7 +467,7 @@ class Ran:
     def _zeros(self) -> Grads:
         call = self.call
         operands = call.x, call.weight, call.bias, call.residual or call.addend
-        return Grads._make(None if operand is None else np.zeros_like(operand.view) for operand in operands)
+        return Grads._make(None if operand is None else zeros_like(operand.view) for operand in operands)
 
 
 class GivenNorm:
@@ -534,6 +569,7 @@ class Pullback:
             (call.addend is not None, "the norm of a sum"),
             (call.dropout is not None or call.dropped is not None, "dropout"),
             (call.renorm is not None, "batch renormalization"),
+            (not on_host(call.x.view), f"an array on {call.x.view.device}"),
         ):
             if present:
                 raise TypeError(f"pullback.vjp must be of a norm alone; {what} has no second derivatives")
@@ -566,10 +602,14 @@ class Pullback:
             found = found._replace(x=self._call.dropped(found.x))
         with np.errstate(over="ignore", invalid="ignore"):
             grads = Grads._make(
-                None if operand is None else operand.wrap(np.asarray(gradient, operand.view.dtype))
+                None if operand is None else operand.wrap(_as_dtype(gradient, operand.view.dtype))
                 for operand, gradient in zip(self._operands(), found, strict=True)
             )
         return grads if self._call.addend is None else grads._replace(residual=grads.x)
+
+
+def _as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 class SecondPullback:

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 WARM_UP = 3  # pairs that are run and not counted: caches, page faults, clocks
@@ -33,7 +34,13 @@ class Comparison(NamedTuple):
     ratios: Quartiles
 
 
-def compare(first: Callable[[], Any], second: Callable[[], Any], *, pairs: int = 31) -> Comparison:
+def compare(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    *,
+    pairs: int = 31,
+    timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> Comparison:
     """Time two calls in turn (A B A B ...), so that a slow spell of the machine meets both.
 
     Parameters
@@ -42,6 +49,8 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], *, pairs: int =
         Each is called a few times before it counts.
     pairs : int
         At least 2.
+    timer : callable, optional
+        Runs a call and returns the seconds that it took, as a device's events tell; the host's clock where not given.
 
     Returns
     -------
@@ -54,10 +63,10 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], *, pairs: int =
     >>> found.ratios[1] > 1
     True
     """
-    repeats = [_repeats(call) for call in (first, second)]
+    timers = [timer or partial(_seconds, repeats=_repeats(call)) for call in (first, second)]
     times: list[tuple[float, float]] = []
     for _ in range(WARM_UP + pairs):
-        times.append((_seconds(first, repeats[0]), _seconds(second, repeats[1])))
+        times.append((timers[0](first), timers[1](second)))
     times = times[WARM_UP:]
     low, median, high = statistics.quantiles([b / a for a, b in times], n=4)
     ours, theirs = (statistics.median(column) for column in zip(*times))

@@ -89,7 +89,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """What has to be moved: x and the result, and dy for a gradient."""
-        return math.prod(self.shape) * _dtype(self.dtype).itemsize * (3 if self.backward else 2)
+        return math.prod(self.shape) * dtype_of(self.dtype).itemsize * (3 if self.backward else 2)
 
 
 class Contender(NamedTuple):
@@ -124,7 +124,7 @@ class Problem:
             )
         self.case = case
         rng = np.random.default_rng(0)
-        dtype = _dtype(case.dtype)
+        dtype = dtype_of(case.dtype)
         wide = np.float64 if dtype == np.float64 else np.float32
 
         def normal(*shape: int) -> Array:
@@ -137,33 +137,28 @@ class Problem:
         if not case.training:
             self.mean, self.var = normal(channels).astype(wide), np.exp(normal(channels)).astype(wide)
 
-    def ours(self, backend: str | None = None) -> Contender:
-        """Through the public API, with results of its own; on the backend of that name, or the one that is chosen."""
-        x, dy = self.x, self.dy
+    def ours(
+        self,
+        backend: str | None = None,
+        put: Callable[[Array], Any] = lambda array: array,
+        get: Callable[[Any], Array] = lambda result: result,
+    ) -> Contender:
+        """Through the public API, with results of its own; on the backend of that name, or the one that is chosen.
+
+        `put` makes arrays of another kind of the problem's, `get` arrays of the host of results.
+        """
+        x, dy = put(self.x), put(self.dy)
         op, keys = self._call(backend)
+        keys = {key: put(value) if isinstance(value, np.ndarray) else value for key, value in keys.items()}
         if self.case.backward:
             pullback = nbnorm.vjp(op, x, **keys)[1]
-            return Contender(lambda: pullback(dy), lambda grads: grads.x.astype(np.float64))
-        return Contender(lambda: op(x, **keys), lambda y: y.astype(np.float64))
+            return Contender(lambda: pullback(dy), lambda grads: get(grads.x).astype(np.float64))
+        return Contender(lambda: op(x, **keys), lambda y: get(y).astype(np.float64))
 
     def _call(self, backend: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The norm, and its arguments beside x."""
-        case = self.case
-        keys: dict[str, Any] = {"weight": self.weight, "bias": self.bias, "eps": EPS}
-        if case.op in ROW_NORMS:
-            keys["normalized_shape"] = case.shape[-1]
-        else:
-            keys["channel_axis"] = case.channel_axis
-        if case.op == "group_norm":
-            keys["num_groups"] = case.num_groups
-        if case.op == "rms_norm":
-            del keys["bias"]
-        if case.op in TRACKED_NORMS:
-            keys["training" if case.op == "batch_norm" else "use_input_stats"] = case.training
-            if not case.training or (case.op == "batch_norm" and not case.backward):
-                keys |= {"running_mean": self.mean, "running_var": self.var}
-        keys |= {key: value for key, value in (("activation", case.activation), ("backend", backend)) if value}
-        return getattr(nbnorm, case.op), keys
+        op, keys = call(self.case, self.weight, self.bias, self.mean, self.var)
+        return op, keys | ({"backend": backend} if backend else {})
 
     def chosen(self, backend: str | None = None) -> str:
         """The name of the backend of `ours`."""
@@ -212,7 +207,26 @@ class Problem:
         return "numba", [partial(limits.move, x, other, target, stream=stream) for stream in streams]
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def call(case: Case, weight: Any, bias: Any, mean: Any, var: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The norm of a case, and its arguments beside x; `mean` and `var` are running statistics."""
+    keys: dict[str, Any] = {"weight": weight, "bias": bias, "eps": EPS}
+    if case.op in ROW_NORMS:
+        keys["normalized_shape"] = case.shape[-1]
+    else:
+        keys["channel_axis"] = case.channel_axis
+    if case.op == "group_norm":
+        keys["num_groups"] = case.num_groups
+    if case.op == "rms_norm":
+        del keys["bias"]
+    if case.op in TRACKED_NORMS:
+        keys["training" if case.op == "batch_norm" else "use_input_stats"] = case.training
+        if not case.training or (case.op == "batch_norm" and not case.backward):
+            keys |= {"running_mean": mean, "running_var": var}
+    return getattr(nbnorm, case.op), keys | ({"activation": case.activation} if case.activation else {})
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of this name, or that of ml_dtypes."""
     if name == "bfloat16":
         import_module("ml_dtypes")  # tells NumPy the name
     return np.dtype(name)
@@ -226,30 +240,34 @@ def activations() -> Any:
 # ---- PyTorch and oneDNN ----------------------------------------------------------------------------------------------
 
 
+def tensor(array: Array, device: str = "cpu") -> Any:
+    """An array as a torch tensor; in host memory without a copy."""
+    torch = import_module("torch")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
+
+
 class _Tensors:
     """A problem's tensors, the channels of images on axis 1, and its forward as a function of x."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, device: str) -> None:
         self.torch = import_module("torch")
         self.torch.set_num_threads(thread_count())
+        self.tensor = partial(tensor, device=device)
         case = self.case = problem.case
         self.x, self.dy = (self.tensor(array) for array in (problem.x, problem.dy))
         if case.op not in ROW_NORMS:
             self.x, self.dy = self.x.movedim(case.channel, 1), self.dy.movedim(case.channel, 1)
         self.weight, self.bias = self.tensor(problem.weight), self.tensor(problem.bias)
         self.mean, self.var = self.tensor(problem.mean.copy()), self.tensor(problem.var.copy())
-        if case.op == "rms_norm":
-            self.weight = self.weight.to(self.x.dtype)  # it takes no other
-
-    def tensor(self, array: Array) -> Any:
-        if array.dtype.name == "bfloat16":
-            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
-        return self.torch.from_numpy(array)
+        if case.op == "rms_norm" or (device != "cpu" and case.op in ("layer_norm", "group_norm")):  # they take no other
+            self.weight, self.bias = self.weight.to(self.x.dtype), self.bias.to(self.x.dtype)
 
     def read(self, result: Any) -> Array:
         y = result[0] if isinstance(result, tuple) else result
         y = y.to_dense() if y.is_mkldnn else y
-        y = y.detach().double()
+        y = y.detach().double().cpu()
         return np.asarray((y if self.case.op in ROW_NORMS else y.movedim(1, self.case.channel)).numpy())
 
     def forward(self) -> Callable[[Any], Any]:
@@ -271,9 +289,9 @@ class _Tensors:
 
     def backward(self, problem: Problem) -> Callable[[Any, Any], Any] | None:
         """The function of dy and x that autograd would call, where there is one for the whole gradient; autograd
-        itself takes 18 us more."""
+        itself takes 18 us more. On a GPU there are several, and autograd knows which."""
         case, w, b, aten = self.case, self.weight, self.bias, self.torch.ops.aten
-        if case.activation is not None or case.op not in ("batch_norm", "layer_norm"):
+        if case.activation is not None or case.op not in ("batch_norm", "layer_norm") or self.x.device.type != "cpu":
             return None
         x, every = problem.x.astype(np.float64), [True, True, True]
         mean = x.mean(case.axes, keepdims=True)
@@ -285,22 +303,22 @@ class _Tensors:
         return lambda dy, x: aten.native_batch_norm_backward(dy, x, w, mean, var, m, r, train, EPS, every)
 
 
-def torch_eager(problem: Problem) -> Contender:
-    return _torch(problem, lambda function: function)
+def torch_eager(problem: Problem, device: str = "cpu") -> Contender:
+    return _torch(problem, device, lambda function: function)
 
 
-def torch_compile(problem: Problem) -> Contender:
+def torch_compile(problem: Problem, device: str = "cpu") -> Contender:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise Unavailable(f"torch.compile needs a C++ compiler, and there is no {compiler}")
     torch: Any = import_module("torch")
     torch.compiler.reset()
     torch._functorch.config.donated_buffer = False  # a pullback is called again and again
-    return _torch(problem, partial(torch.compile, fullgraph=True))
+    return _torch(problem, device, partial(torch.compile, fullgraph=True))
 
 
-def _torch(problem: Problem, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Contender:
-    data = _Tensors(problem)
+def _torch(problem: Problem, device: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Contender:
+    data = _Tensors(problem, device)
     x, dy = data.x, data.dy
     if not problem.case.backward:
         forward = wrap(data.forward())
@@ -321,7 +339,7 @@ def onednn(problem: Problem) -> Contender:
         raise Unavailable("torch hands oneDNN the forward of batch_norm alone, of float32 images, channels first")
     if case.activation not in (None, "relu"):
         raise Unavailable("of the activations, oneDNN is compared with relu alone")
-    data = _Tensors(problem)
+    data = _Tensors(problem, "cpu")
     blocked, forward = data.x.to_mkldnn(), data.forward()
     return Contender(lambda: forward(blocked), data.read)
 

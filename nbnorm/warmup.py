@@ -1,8 +1,9 @@
-"""Calls for which a backend compiles what later calls of a norm need."""
+"""What backends compile for later calls of a norm, in pieces with a name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 
 import nbnorm
+from nbnorm.errors import BackendError
+from nbnorm_backends.numba_cuda import device
+from nbnorm_backends.numba_cuda.cubins import kernel_of
+from nbnorm_backends.numba_cuda.launch import variants_of
 
 BFLOAT16 = ("bfloat16",) if find_spec("ml_dtypes") else ()
 DTYPES = ("float32", "float64", "float16", *BFLOAT16)
@@ -19,6 +24,23 @@ NORMS: dict[str, Callable[..., Any]] = {
 }
 # Rows, and images, which are worth sharing among threads. Kernels do not depend on sizes, only on which axes there are.
 SHAPES = (8, 64), (4, 64, 32, 32)
+
+
+Pieces = list[tuple[str, Callable[[], object]]]
+
+
+def pieces_of(names: Iterable[str], dtypes: Iterable[str]) -> Pieces:
+    """For the Numba backend: a piece for each norm and dtype."""
+    return [(f"{name}, {dtype}", partial(warm, name, dtype)) for name in names for dtype in dtypes]
+
+
+def gpu_pieces(dtypes: Collection[str]) -> Pieces:
+    """For the first GPU: a piece for each kernel. BackendError where there is none."""
+    reason = device.problem()
+    if reason is not None:
+        raise BackendError(reason)
+    capability = device.CudaDevice(0).capability
+    return [(each.name, partial(kernel_of, each, divmod(capability, 10))) for each in variants_of(dtypes, capability)]
 
 
 def warm(name: str, dtype: str) -> None:

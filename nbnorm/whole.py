@@ -180,7 +180,8 @@ class WholeCall:
         return dispatch.decide(self._request(), self.call.backend, _place(self.call).copies)
 
     def _request(self) -> Request:
-        return Request(self.call.op, "cpu", self.call.dtype, center=True, param_axes=(), split=False)
+        device = self.call.x.view.device.partition(":")[0]
+        return Request(self.call.op, device, self.call.dtype, center=True, param_axes=(), split=False)
 
     def _run(self) -> tuple[Any, Placed, Backend, NDArray[Any] | None]:
         """The result, and for the gradient the view of x; None for an empty one."""

@@ -111,7 +111,7 @@ def test_torch_grad_is_never_dropped_in_silence(torch: Any, x: Any) -> None:
 
 
 def test_torch_elsewhere_is_refused(torch: Any) -> None:
-    with pytest.raises(TypeError, match="x must lie in host memory; got a torch tensor on meta"):
+    with pytest.raises(TypeError, match="x must lie in host memory or on a CUDA device; got a torch tensor on meta"):
         nbnorm.layer_norm(torch.empty(2, 3, device="meta"), 3)
     with pytest.raises(TypeError, match="x must be a dense tensor"):
         nbnorm.layer_norm(torch.eye(3).to_sparse(), 3)

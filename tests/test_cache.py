@@ -17,7 +17,8 @@ import pytest
 from numba import njit
 
 import nbnorm_backends
-from nbnorm_backends.numba_cpu import atomics, cache, kernels, merging, store, whole
+from nbnorm_backends import store
+from nbnorm_backends.numba_cpu import atomics, cache, kernels, merging, whole
 from nbnorm_backends.numba_cpu.pool import worker
 
 ROOT = os.geteuid() == 0
@@ -28,7 +29,8 @@ import numpy as np
 from numba import njit
 from numba.core import event
 from nbnorm.backend import LEAK
-from nbnorm_backends.numba_cpu import cache, store
+from nbnorm_backends import store
+from nbnorm_backends.numba_cpu import cache
 
 class Counter(event.Listener):
     compiled = 0

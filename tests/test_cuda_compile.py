@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nbnorm_backends.numba_cuda import launch
+import nbnorm
+from nbnorm_backends.numba_cuda import cubins, device, launch
 from nbnorm_backends.numba_cuda.compile_check import Facts, broken, check, facts_of, main
 from nbnorm_backends.numba_cuda.launch import Budget, RowClass, Variant, budget_of, variants
 
@@ -119,3 +125,103 @@ def test_what_is_missing_is_named_cuda() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert 'pip install "nbnorm[cuda-check]"' in result.stderr
+
+
+# ---- the cache of compiled variants, and what cuda.core takes --------------------------------------------------------
+
+SUMS = Variant("sum_columns", "float32", vector=False)
+FETCH = """
+import hashlib, sys
+from nbnorm_backends.numba_cuda.cubins import kernel_of
+from nbnorm_backends.numba_cuda.launch import Variant
+kernel = kernel_of(Variant("sum_columns", "float32", vector=False), (9, 0))
+print(hashlib.sha256(kernel.cubin).hexdigest(), kernel.entry, *kernel.names, "numba" in sys.modules)
+"""
+
+
+@compiles
+def test_a_second_process_loads_what_the_first_compiled_cuda(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    environment = {**os.environ, "NBNORM_CACHE_DIR": str(folder)}
+
+    def fetch() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH], env=environment, check=True, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    *compiled, imported = fetch()
+    assert imported == "True"
+    assert compiled[2:] == ["part_weight", "part_bias", "dweight", "dbias", "parts", "length"]
+    (file,) = folder.iterdir()
+    sound = file.read_bytes()
+    assert fetch() == [*compiled, "False"]
+    for damaged in (sound[:-1], sound[:100] + bytes([sound[100] ^ 1]) + sound[101:], b""):
+        file.write_bytes(damaged)
+        assert fetch() == [*compiled, "True"]
+        assert file.read_bytes() == sound
+    assert [each.name for each in folder.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), (8, 0)), ((8, 9), (8, 0)), ((9, 0), (9, 0)), ((12, 0), (12, 0))]
+)
+def test_what_is_compiled_for_a_device_cuda(capability: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert cubins.target(capability) == expected
+
+
+def test_keys_tell_variants_devices_and_versions_apart_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {cubins._key(variant, capability) for variant in variants() for capability in launch.CAPABILITIES}
+    assert len(keys) == 2 * len(variants())
+    before = cubins._key(SUMS, (9, 0))
+    monkeypatch.setattr(cubins, "_versions", lambda: ("another",))
+    assert cubins._key(SUMS, (9, 0)) != before
+
+
+def test_arguments_lie_in_memory_as_kernels_read_them_cuda() -> None:
+    handler = pytest.importorskip("cuda.core._kernel_arg_handler", reason=f"cuda-core {NEEDED}")
+    names = ("x", "mask", "valid", "rows", "eps", "flags")
+    given = {"x": SimpleNamespace(pointer=2**47 + 16), "mask": None, "valid": SimpleNamespace(pointer=32)}
+    given |= {"rows": 2**40 + 3, "eps": 1e-5, "flags": 5}
+    for kind, real in (("bfloat16", ctypes.c_float), ("float64", ctypes.c_double)):
+        values = device.arguments(Variant("row_forward", kind), names, given)
+        holder = handler.ParamHolder(tuple(values))
+        places = ctypes.cast(holder.ptr, ctypes.POINTER(ctypes.c_void_p))
+        types = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, real, ctypes.c_int32)
+        found = [ctypes.cast(places[i], ctypes.POINTER(each))[0] for i, each in enumerate(types)]
+        assert found == [2**47 + 16, 0, 32, 2**40 + 3, real(1e-5).value, 5]
+
+
+def test_the_real_packages_have_what_is_used_cuda() -> None:
+    core = pytest.importorskip("cuda.core", reason=f"cuda-core {NEEDED}")
+    driver = pytest.importorskip("cuda.bindings.driver", reason=f"cuda-bindings {NEEDED}")
+    source = Path(device.__file__).read_text()
+    used = set(re.findall(r"driver\.(cu\w+)", source))
+    assert len(used) >= 8
+    assert [name for name in used if not hasattr(driver, name)] == []
+    used = set(re.findall(r'(?:_core|"cuda\.core"\))\.(\w+)', source))
+    assert used == {"Device", "LaunchConfig", "ObjectCode", "Stream", "LEGACY_DEFAULT_STREAM", "launch"}
+    assert [name for name in used if not hasattr(core, name)] == []
+    methods = {
+        core.Device: (
+            "set_current",
+            "get_all_devices",
+            "allocate",
+            "create_stream",
+            "properties",
+            "compute_capability",
+        ),
+        core.ObjectCode: ("from_cubin", "get_kernel"),
+        core.Stream: ("from_handle", "handle", "sync"),
+        core.Buffer: ("fill", "handle"),
+    }
+    assert [name for each, found in methods.items() for name in found if not hasattr(each, name)] == []
+    config = core.LaunchConfig(grid=2**31 - 1, block=128)
+    assert (config.grid, config.block) == ((2**31 - 1, 1, 1), (128, 1, 1))
+
+
+@pytest.mark.skipif(device.problem() is None, reason="there is a driver")
+def test_without_a_driver_the_call_says_so_cuda() -> None:
+    x = np.ones((4, 8), np.float32)
+    with pytest.raises(nbnorm.BackendError, match=r"not cuda: .*(no NVIDIA driver was found|not installed|too old)"):
+        nbnorm.layer_norm(x, 8, backend="cuda")

@@ -741,7 +741,7 @@ def test_unreadable_metadata_of_another_package_hides_only_its_own(tmp_path: Pat
         """,
         tmp_path,
     )
-    assert printed == ["raises", "['fast', 'numba', 'numpy']", "[[-1.0, 1.0]]"]
+    assert printed == ["raises", "['cuda', 'fast', 'numba', 'numpy']", "[[-1.0, 1.0]]"]
 
 
 @pytest.mark.parametrize("reason", ["", False, 3])

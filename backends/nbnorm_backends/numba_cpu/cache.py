@@ -22,8 +22,8 @@ import numba
 import numpy as np
 
 from nbnorm import backend
-from nbnorm_backends.numba_cpu import store
-from nbnorm_backends.numba_cpu.store import log
+from nbnorm_backends import store
+from nbnorm_backends.store import log
 
 try:  # none of it is Numba's public API
     from numba.core import config, serialize, sigutils
@@ -175,9 +175,6 @@ def _versions() -> tuple[Any, ...]:
 def _sources() -> str:
     """A digest of this package's sources, of the contract, whose constants are compiled in, and of what compiled
     programs call; 1 ms."""
-    digest, contract = hashlib.sha256(), Path(backend.__file__)
+    contract = Path(backend.__file__)
     interop = contract.parent / "interop" / "numba.py"
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), contract, interop):
-        source = path.read_bytes()
-        digest.update(f"{path.name} {len(source)} ".encode() + source)
-    return digest.hexdigest()
+    return store.digest_of((*sorted(Path(__file__).parent.glob("*.py")), contract, interop))

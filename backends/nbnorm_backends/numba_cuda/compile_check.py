@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbnorm_backends.numba_cuda.launch import CAPABILITIES, Budget, Variant, budget_of, variants
@@ -94,29 +96,44 @@ def broken(facts: Facts, budget: Budget) -> list[str]:
     return found
 
 
-def check(chosen: Iterable[Variant], capabilities: Iterable[tuple[int, int]]) -> int:
-    """Print the table; the number of variants that break their budget."""
-    compile_variant = import_module(COMPILER).compile_variant
+def check(chosen: Iterable[Variant], capabilities: Iterable[tuple[int, int]], jobs: int = 1) -> int:
+    """Print the table, from `jobs` processes; the number of variants that break their budget."""
+    tasks = [
+        (variant, capability)
+        for capability in capabilities
+        for variant in chosen
+        if variant.rows is None or variant.rows.since <= 10 * capability[0] + capability[1]
+    ]
     print(ROW.format(*COLUMNS))
     failures = 0
-    for capability in capabilities:
-        for variant in chosen:
-            if variant.rows is not None and variant.rows.since > 10 * capability[0] + capability[1]:
-                continue
-            facts = facts_of(compile_variant(variant, capability))
-            errors = broken(facts, budget_of(variant))
-            failures += bool(errors)
-            architecture = "sm_{}{}".format(*capability)
-            sizes = facts.registers, facts.loads, facts.stores, facts.shuffles, facts.spills, facts.stack, facts.local
-            print(ROW.format(variant.name, architecture, *sizes, facts.float64, facts.instructions), end=" ")
-            print("; ".join(errors), flush=True)
+    for (variant, capability), facts in zip(tasks, _compiled(tasks, jobs), strict=True):
+        errors = broken(facts, budget_of(variant))
+        failures += bool(errors)
+        architecture = "sm_{}{}".format(*capability)
+        sizes = facts.registers, facts.loads, facts.stores, facts.shuffles, facts.spills, facts.stack, facts.local
+        print(ROW.format(variant.name, architecture, *sizes, facts.float64, facts.instructions), end=" ")
+        print("; ".join(errors), flush=True)
     return failures
+
+
+def _compiled(tasks: Sequence[tuple[Variant, tuple[int, int]]], jobs: int) -> Iterator[Facts]:
+    """What became of each, in their order."""
+    if jobs == 1:
+        yield from map(_facts, tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
+        yield from processes.map(_facts, tasks)
+
+
+def _facts(task: tuple[Variant, tuple[int, int]]) -> Facts:
+    return facts_of(import_module(COMPILER).compile_variant(*task))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_check", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="variants whose name has this regular expression")
     parser.add_argument("--arch", action="append", choices=[f"{a}{b}" for a, b in CAPABILITIES], help="default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     chosen = parser.parse_args(arguments)
     try:
         import_module(COMPILER)
@@ -124,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"what compiles for GPUs is not installed ({error}); {NEEDED}", file=sys.stderr)
         return 2
     capabilities = [pair for pair in CAPABILITIES if not chosen.arch or f"{pair[0]}{pair[1]}" in chosen.arch]
-    failures = check([each for each in variants() if re.search(chosen.only, each.name)], capabilities)
+    failures = check([each for each in variants() if re.search(chosen.only, each.name)], capabilities, chosen.jobs)
     if failures:
         print(f"{failures} over budget", file=sys.stderr)
     return int(failures > 0)

@@ -32,11 +32,12 @@ def signature(kernel: Callable[..., None], kind: str) -> Any:
 
 
 class Compiled(NamedTuple):
-    """A kernel's machine code, the name of its entry, and what the assembler told of it."""
+    """A kernel's machine code, the name of its entry, what the assembler told of it, and the names of its arguments."""
 
     cubin: bytes
     entry: str
     log: str
+    names: tuple[str, ...]
 
 
 def compile_variant(variant: Variant, capability: tuple[int, int]) -> Compiled:
@@ -46,7 +47,7 @@ def compile_variant(variant: Variant, capability: tuple[int, int]) -> Compiled:
     entry = re.search(r"\.visible \.entry (\S+)\(", ptx)
     assert entry is not None, ptx[:2000]
     cubin, log = assemble(ptx.encode(), "sm_{}{}".format(*capability))
-    return Compiled(cubin, entry[1], log)
+    return Compiled(cubin, entry[1], log, tuple(inspect.signature(kernel).parameters))
 
 
 def assemble(ptx: bytes, architecture: str) -> tuple[bytes, str]:

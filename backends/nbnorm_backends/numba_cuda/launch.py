@@ -6,7 +6,7 @@ access; those of rows also have a size class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -60,6 +60,11 @@ BLOCK = 256  # threads of a block of all other kernels, at most; two of them on 
 COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
 
 
+def real_kind(kind: str) -> str:
+    """The element type that has the type in which this one is computed."""
+    return "float64" if kind == "float64" else "float32"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel, compiled once."""
@@ -73,6 +78,10 @@ class Variant:
     def name(self) -> str:
         parts = [self.family, self.kind, "vector" if self.vector else "scalar"]
         return "_".join(parts if self.rows is None else [*parts, f"{self.rows.threads}x{self.rows.elements}"])
+
+    @property
+    def real(self) -> str:
+        return real_kind(self.kind)
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -141,6 +150,17 @@ def variants() -> tuple[Variant, ...]:
         if has(family, kind, vector)
         for rows in row_classes(family, kind, vector)
     )
+
+
+def variants_of(kinds: Collection[str], capability: int) -> list[Variant]:
+    """Those that arrays of these element types need on a device."""
+    real = {real_kind(kind) for kind in kinds}
+    return [
+        each
+        for each in variants()
+        if each.kind in (real if each.family in REAL_ONLY else kinds)
+        and (each.rows is None or each.rows.since <= capability)
+    ]
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 from nbnorm.backend import Epilogue
 from nbnorm.layout import Layout
 from nbnorm_backends.numba_cuda import functions, planes, totals
-from nbnorm_backends.numba_cuda.launch import BLOCK, ITEM_SIZES, LONG_ROWS, VECTOR_BYTES, RowClass, Variant, row_classes
+from nbnorm_backends.numba_cuda.launch import (
+    BLOCK,
+    ITEM_SIZES,
+    LONG_ROWS,
+    VECTOR_BYTES,
+    RowClass,
+    Variant,
+    real_kind,
+    row_classes,
+)
 
 WARP = functions.WARP
 BLOCKS_PER_MULTIPROCESSOR = 4  # of 256 threads: two to four run at the same time, by their registers
@@ -86,6 +95,10 @@ class Norm:
     @property
     def weighted(self) -> bool:
         return self.weight or self.bias
+
+    @property
+    def real(self) -> str:
+        return real_kind(self.kind)
 
     @property
     def count(self) -> int:
@@ -185,25 +198,25 @@ def statistics(norm: Norm) -> Plan:
 def backward(norm: Norm) -> Plan:
     """dx, dweight and dbias on (g, c), and dz, the gradient of the residual, from the statistics of a forward."""
     norm = replace(_as_rows(norm), total=False)
-    n, r, g, c, s = norm.layout
-    along = r == g == s == 1
-    if (along or (r == s == 1 and not norm.weighted)) and norm.mask is None and not norm.fixed:
+    _, r, _, _, s = norm.layout
+    if (_along(norm) or (r == s == 1 and not norm.weighted)) and norm.mask is None and not norm.fixed:
         launches = _rows_backward(norm)
         if launches:
             return _plan(norm, launches)
-    if not along or norm.fixed:
-        find = not norm.fixed or norm.weighted
-        sums = _sums(norm) if find else ()
-        return _plan(norm, [*sums, _gradient(norm)])
-    # Sums along a row and sums along a column are of different kernels.
-    row_sums = _planes_sums(norm, functions.ALONG)
-    multiplied = replace(norm, weight=False)
-    launches = [row_sums, _finish(multiplied, row_sums.args["splits"], samples=n, columns=1, weights=False)]
-    whole = replace(norm, layout=Layout(1, n, 1, c, 1))
-    if norm.weighted:
-        column_sums = _columns_sums(whole, functions.ALONG)
-        launches += [column_sums, _finish(norm, column_sums.args["slabs"], samples=1, columns=c, statistics=False)]
-    return _plan(norm, [*launches, _columns_gradient(whole, functions.ALONG)])
+    find = not norm.fixed or norm.weighted
+    return _plan(norm, [*(_sums(norm) if find else ()), _gradient(norm)])
+
+
+def sums(norm: Norm) -> Plan:
+    """k1, k2, dweight and dbias alone."""
+    norm = _as_rows(norm)
+    return _plan(norm, _sums(norm))
+
+
+def gradient(norm: Norm) -> Plan:
+    """dx alone, from k1 and k2."""
+    norm = _as_rows(norm)
+    return _plan(norm, [_gradient(norm)])
 
 
 def commit(kind: str, samples: int, channels: int, count: int, momentum: float, *, masked: bool = False) -> Plan:
@@ -211,7 +224,7 @@ def commit(kind: str, samples: int, channels: int, count: int, momentum: float, 
     args: dict[str, Any] = {name: name for name in ("mean_high", "m2", "running_mean", "running_var")}
     args |= {"valid": "valid" if masked else None, "samples": samples, "channels": channels, "count": count}
     args |= {"momentum": momentum, "flags": functions.MASK if masked else 0}
-    return Plan((Launch(Variant("commit", _real(kind), vector=False), 1, BLOCK, args),), {})
+    return Plan((Launch(Variant("commit", real_kind(kind), vector=False), 1, BLOCK, args),), {})
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -264,7 +277,7 @@ def _rows_backward(norm: Norm) -> list[Launch]:
         return [launch]
     args = {name: name for name in ("part_weight", "part_bias", "dweight", "dbias")}
     args |= {"parts": launch.grid, "length": length}
-    sums = Variant("sum_columns", _real(norm.kind), vector=False)
+    sums = Variant("sum_columns", real_kind(norm.kind), vector=False)
     return [launch, Launch(sums, _ceil(length, WARP), WARP * totals.LINES, args)]
 
 
@@ -314,14 +327,25 @@ def _apply(norm: Norm, *, behind: bool = False) -> Launch:
     return _elementwise(norm, "apply", args, functions.REVERSE if behind else 0)
 
 
+def _along(norm: Norm) -> bool:
+    """Whether the weights differ along a row that shares one statistic, and rows are all there is: sums along a row and
+    sums along a column are then of different kernels."""
+    _, r, g, _, s = norm.layout
+    return r == g == s == 1 and not norm.fixed
+
+
+def _as_columns(norm: Norm) -> Norm:
+    """The rows as those of columns."""
+    n, _, _, c, _ = norm.layout
+    return replace(norm, layout=Layout(1, n, 1, c, 1))
+
+
 def _gradient(norm: Norm) -> Launch:
     pointers = "x", "dy", "residual", "addend", *WEIGHTS, "mask", *STATISTICS, "k1", "k2", "dx", "dz"
-    return _elementwise(norm, "backward", norm.inputs(*pointers), functions.REVERSE)
-
-
-def _columns_gradient(norm: Norm, flags: int) -> Launch:
-    pointers = "x", "dy", "residual", "addend", *WEIGHTS, "mask", *STATISTICS, "k1", "k2", "dx", "dz"
-    return _columns(norm, "backward", norm.inputs(*pointers), flags)
+    args = norm.inputs(*pointers)
+    if _along(norm):
+        return _columns(_as_columns(norm), "backward", args, functions.ALONG)
+    return _elementwise(norm, "backward", args, functions.REVERSE)
 
 
 def _elementwise(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Launch:
@@ -378,12 +402,20 @@ def _tiling(norm: Norm, variant: Variant) -> Tiling:
     return Tiling(width, tiles, slabs, n * slabs * tiles, max(WARP, lines * width))
 
 
-def _sums(norm: Norm) -> Iterable[Launch]:
+def _sums(norm: Norm) -> list[Launch]:
     n, _, g, c, _ = norm.layout
-    launch = _columns_sums(norm) if _in_columns(norm) else _planes_sums(norm)
-    splits = launch.args["slabs"] if _in_columns(norm) else launch.args["splits"]
-    finish = _finish(norm, splits, samples=n, columns=c, groups=g, statistics=not norm.fixed, weights=norm.weighted)
-    return launch, finish
+    if not _along(norm):
+        launch = _columns_sums(norm) if _in_columns(norm) else _planes_sums(norm)
+        splits = launch.args["slabs"] if _in_columns(norm) else launch.args["splits"]
+        keys: dict[str, Any] = {"statistics": not norm.fixed, "weights": norm.weighted}
+        return [launch, _finish(norm, splits, samples=n, columns=c, groups=g, **keys)]
+    row_sums = _planes_sums(norm, functions.ALONG)
+    multiplied = replace(norm, weight=False)
+    launches = [row_sums, _finish(multiplied, row_sums.args["splits"], samples=n, columns=1, weights=False)]
+    if norm.weighted:
+        column_sums = _columns_sums(_as_columns(norm), functions.ALONG)
+        launches += [column_sums, _finish(norm, column_sums.args["slabs"], samples=1, columns=c, statistics=False)]
+    return launches
 
 
 def _columns_sums(norm: Norm, flags: int = 0) -> Launch:
@@ -481,8 +513,3 @@ def _power(number: int) -> int:
     while power < number:
         power *= 2
     return power
-
-
-def _real(kind: str) -> str:
-    """The element type that has the type in which this one is computed."""
-    return "float64" if kind == "float64" else "float32"

@@ -181,6 +181,7 @@ def make_row_forward(cuda, P, vector, threads, elements, block):
                         s += d
                         squares += d * d
             s, squares = sum_two(s, squares, slots, turn, lane)
+            cuda.syncwarp()  # y may be x, whose first element all lanes have read; shuffles order no memory
             turn = 1 - turn
             low = zero
             if flags & CENTER:

@@ -1,8 +1,9 @@
-"""A folder of sealed files, one for each key: what is read is what this user wrote for that key, or nothing.
+"""The folder of compiled kernels, one sealed file for each key: what is read is what this user wrote for that key, or
+nothing.
 
 Machine code is run, and the pickle around it runs code when it is read, so the folder and its files must be the user's
 alone, and damage must be found before anything is unpickled. Nothing here raises: a cache that cannot be had is no
-cache. Apart from the cache so that it can be asked without importing Numba.
+cache. It can be asked without importing Numba.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def usage() -> tuple[int, int]:
     except OSError:
         return 0, 0
     return len(sizes), sum(sizes)
+
+
+def digest_of(sources: Iterable[Path]) -> str:
+    """Of the content of source files and their names, in this order."""
+    digest = hashlib.sha256()
+    for path in sources:
+        source = path.read_bytes()
+        digest.update(f"{path.name} {len(source)} ".encode() + source)
+    return digest.hexdigest()
 
 
 def _name(key: bytes) -> str:
