@@ -74,6 +74,7 @@ STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
 STRIDE = 64  # elements between two batches of prefetches, a loop of known length: see docs/design_choices.md
+LONG = 256
 ROWS = 8  # of columns whose sums stay in registers
 PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
@@ -156,9 +157,10 @@ def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, afte
     `ahead` is a row of that size which will be read soon, or empty. `past` is None, or y goes past the caches (`put`).
     """
     widest_vectors()
-    whole = x.size // STRIDE * STRIDE if ahead.size else 0
+    whole = x.size // STRIDE * STRIDE if ahead.size or x.size >= LONG else 0
     for begin in range(0, whole, STRIDE):
-        touch(ahead, begin, STRIDE)
+        if ahead.size:
+            touch(ahead, begin, STRIDE)
         for i in range(STRIDE):
             affine_at(begin + i, x, power, mean, scale, low, w, b, residual, mask, before, after, past, y)
     for i in range(whole, x.size):
