@@ -1,9 +1,10 @@
 """What an activation costs: the time of a norm with it over that of the plain norm, on arrays far larger than a cache.
 
-    OMP_WAIT_POLICY=passive python asv_bench/activations.py [--backward] [--pairs 31] [--norm layer ...]
+    OMP_WAIT_POLICY=passive python asv_bench/activations.py [--backward | --own] [--pairs 31] [--norm layer ...]
 
 The two calls alternate in one process, so that a slow spell of the machine meets both; printed is the median of the
-pairs' ratios, with its quartiles.
+pairs' ratios, with its quartiles. Both write to one array of NumPy's, whose place in memory is the same for both; with
+`--own` to arrays of nbnorm's, which begin with a cache line and so are stored past the caches.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ NORMS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-def forward(op: Any, x: Any, keys: dict[str, Any], activation: str | None) -> Callable[[], Any]:
-    out = np.zeros_like(x)
+def forward(op: Any, x: Any, keys: dict[str, Any], activation: str | None, out: Any) -> Callable[[], Any]:
     return lambda: op(x, **keys, activation=activation, out=out, backend="numba")
 
 
-def backward(op: Any, x: Any, keys: dict[str, Any], activation: str | None) -> Callable[[], Any]:
+def backward(op: Any, x: Any, keys: dict[str, Any], activation: str | None, out: None) -> Callable[[], Any]:
     _, pullback = nbnorm.vjp(op, x, **keys, activation=activation, backend="numba")
     return lambda: pullback(x)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backward", action="store_true", help="the pullback in place of the forward")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--backward", action="store_true", help="the pullback in place of the forward")
+    what.add_argument("--own", action="store_true", help="the forward without out=")
     parser.add_argument("--pairs", type=int, default=31)
     parser.add_argument("--norm", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
@@ -52,8 +54,9 @@ def main() -> None:
     for norm in options.norm:
         op, shape, keys = NORMS[norm]
         x = rng.standard_normal(shape, np.float32)
+        out = None if options.backward or options.own else np.zeros_like(x)
         for activation in options.activation:
-            found = compare(make(op, x, keys, None), make(op, x, keys, activation), pairs=options.pairs)
+            found = compare(make(op, x, keys, None, out), make(op, x, keys, activation, out), pairs=options.pairs)
             low, median, high = found.ratios
             worst = max(worst, median)
             cost = found.first / x.size * 1e9

@@ -146,6 +146,21 @@ def test_units_in_float32(activation: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("last", [True, False])
+def test_long_rows_have_the_bits_of_short_ones(last: bool, dtype: str, backend: str) -> None:
+    """Loops of known length, and what is left behind them: the same arithmetic."""
+    x = RNG.normal(size=(6, 1000)).astype(dtype)
+
+    def call(part: Any) -> Any:
+        channels = part.shape[1] if last else 6
+        keys = {"running_mean": np.zeros(channels, "f4"), "running_var": np.ones(channels, "f4"), "activation": "gelu"}
+        return nbnorm.batch_norm(part if last else part[None], **keys, backend=backend).reshape(part.shape)
+
+    parts = [call(np.ascontiguousarray(x[:, begin : begin + 50])) for begin in range(0, 1000, 50)]
+    np.testing.assert_array_equal(call(x), np.concatenate(parts, axis=1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_dtype_out_and_layer_norms(dtype: str, backend: str) -> None:
     x = X.astype(dtype)
     out = np.empty_like(x)

@@ -282,7 +282,7 @@ def _normal_tail(x: Real) -> tuple[Real, Real, Real | float, Real]:
 def _gelu(z: Real) -> Real:
     """max(z, 0) - abs(z) * tail"""
     far, bell, power, mills = _normal_tail(z)
-    return z.where("<", 0.0, 0.0, z) - bell * (power * (far * mills))
+    return z.where("<", 0.0, 0.0, z) - bell * (power * far) * mills
 
 
 def _gelu_slope(z: Real) -> Real:

@@ -73,7 +73,8 @@ def EXACT(function):
 STATISTICS = 5
 MEAN, RESIDUAL, M2, RSTD, COUNT = range(STATISTICS)  # rows of the array of statistics, (5, groups)
 K1, K2 = range(2)  # rows of the array of backward coefficients, (2, groups)
-STRIDE = 64  # elements between two batches of prefetches, a loop of known length: see docs/design_choices.md
+STRIDE = 64  # elements of a loop of known length, and between two batches of prefetches: see docs/design_choices.md
+LONG = 256  # elements from which rows are cut into such loops without prefetches too; of 64, rows of 48 take 1.17
 ROWS = 8  # of columns whose sums stay in registers
 PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
 SINGLE_PIECE = 512  # the same in float32
@@ -157,9 +158,10 @@ def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, afte
     `ahead` is a row of that size which will be read soon, or empty. `past` is None, or y goes past the caches (`put`).
     """
     widest_vectors()
-    whole = x.size // STRIDE * STRIDE if ahead.size else 0
+    whole = x.size // STRIDE * STRIDE if ahead.size or x.size >= LONG else 0
     for begin in range(0, whole, STRIDE):
-        touch(ahead, begin, STRIDE)
+        if ahead.size:
+            touch(ahead, begin, STRIDE)
         for i in range(STRIDE):
             affine_at(begin + i, x, power, mean, scale, low, w, b, residual, mask, before, after, past, y)
     for i in range(whole, x.size):
@@ -263,11 +265,12 @@ def backward_affine(
     """dx = (t * gain * w + (d * k2 + k1)) * lift * before'(x) + addend, and dz = t; `past` and rows ahead as for
     `affine`."""
     widest_vectors()
-    whole = x.size // STRIDE * STRIDE if x_ahead.size else 0
+    whole = x.size // STRIDE * STRIDE if x_ahead.size or x.size >= LONG else 0
     factors = power, mean, scale, low, w, b, residual, mask, before, after, gain, k1, k2, lift, addend, dz, past
     for begin in range(0, whole, STRIDE):
-        touch(dy_ahead, begin, STRIDE)
-        touch(x_ahead, begin, STRIDE)
+        if x_ahead.size:
+            touch(dy_ahead, begin, STRIDE)
+            touch(x_ahead, begin, STRIDE)
         for i in range(STRIDE):
             backward_affine_at(begin + i, dy, x, *factors, dx)
     for i in range(whole, x.size):
