@@ -179,6 +179,7 @@ class Pool:
     def _reset(self) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._bell = np.zeros(1, np.int64)  # rings when a job is there
+        self._address = int(self._bell.ctypes.data)  # which takes 0.7 us to ask for
         self._helpers = 0
         self._lock = threading.RLock()  # a collection of garbage may call a norm while a helper is started
 
@@ -200,7 +201,7 @@ class Pool:
             for _ in range(min(threads - 1, self._started(threads - 1))):
                 self._jobs.put(job)
 
-        _Job(self._bell.ctypes.data, work, chunks, args).run(announce)
+        _Job(self._address, work, chunks, args).run(announce)
 
     def _started(self, wanted: int) -> int:
         """Helpers that run, after starting what is missing; fewer where the system gives no more threads."""
