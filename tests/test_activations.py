@@ -46,7 +46,8 @@ def test_forward(op: str, activation: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow("numba")), False])
+@pytest.mark.slow("numba")
+@pytest.mark.parametrize("training", [True, False])
 def test_gradients(activation: str, training: bool, backend: str) -> None:
     fixed = () if training else (np.full(4, 0.3), np.full(4, 2.0))
     inputs = {"x": X, "weight": WEIGHT, "bias": BIAS}
@@ -69,7 +70,7 @@ def test_gradients(activation: str, training: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow("numba"))])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow("numba"))])
 def test_relative_accuracy_far_out(axis: int, dtype: str, activation: str, backend: str) -> None:
     """Evaluation with mean 0 and variance 1, so that z is x: in the tails too, every digit counts."""
     x = np.concatenate([np.linspace(-13, 13, 5000), np.geomspace(1e-30, 1, 100)]).astype(dtype).reshape(2, -1)

@@ -78,6 +78,7 @@ def test_compiled_torch_computes_the_same(case: Case) -> None:
     assert relative_error(problem, PEERS["torch.compile"].call(problem)) < BOUNDS["float32"]
 
 
+@pytest.mark.slow("numba")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nbnorm_computes_the_same(case: Case, backend: str) -> None:
     problem = Problem(case)

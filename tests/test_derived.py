@@ -14,7 +14,14 @@ RNG = np.random.default_rng(5)
 
 
 @pytest.mark.parametrize("axis", [1, 2, (0, 2)])
-@pytest.mark.parametrize("dtype", ["float64", "float32", pytest.param("float16", marks=pytest.mark.slow("numba"))])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param("float64", marks=pytest.mark.slow("numba")),
+        pytest.param("float16", marks=pytest.mark.slow("numba")),
+    ],
+)
 def test_add_norms(axis: Any, dtype: str, backend: str) -> None:
     x, residual, dy, dh = RNG.normal(size=(4, 3, 5, 7)).astype(dtype)
     axes = axis if isinstance(axis, tuple) else (axis,)

@@ -132,8 +132,8 @@ def layouts(x: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("dtype", "case"),
     [
-        pytest.param(dtype, case, marks=[pytest.mark.slow] * (place % every > 0), id=f"{dtype}-{case.name}")
-        for dtype, every in (("float32", 3), ("bfloat16", len(NORMS)))
+        pytest.param(dtype, case, marks=[pytest.mark.slow] * (place % 5 > 0 or narrow), id=f"{dtype}-{case.name}")
+        for dtype, narrow in (("float32", False), ("bfloat16", True))
         for place, case in enumerate(NORMS)
     ],
 )

@@ -192,6 +192,7 @@ def test_everything_at_once(case: Case, order: str, backend: str) -> None:
     check(case, backend, masks(case.shape)["dense"], "silu", order, residual=True)
 
 
+@pytest.mark.slow("numba")
 @pytest.mark.parametrize("axis", [1, 2])
 def test_eval_under_a_mask(axis: int, backend: str) -> None:
     x, dy = RNG.normal(size=(2, 3, 4, 4))

@@ -45,15 +45,12 @@ class Options(NamedTuple):
     free: bool  # any layout of x in memory, any axes for a layer norm, axes of length 1 in the mask
 
 
-FEW = (
-    Options("float32", None, "norm_act", True, False, True),
-    Options("float32", "silu", "norm_act", True, True, False),
-)
+FEW = Options("float32", "silu", "norm_act", True, True, False)  # of the plain run
 
 
 def drawn_options(backend: str, wide: bool) -> st.SearchStrategy[Options]:
     if backend == "numba" and not wide:
-        return st.sampled_from(FEW)
+        return st.just(FEW)
     activations = st.none() | st.sampled_from(ACTIVATIONS)
     dtypes, orders = st.sampled_from(tuple(TOLERANCE)), st.sampled_from(ORDERS)
     return st.builds(Options, dtypes, activations, orders, *[st.booleans()] * 3)

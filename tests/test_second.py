@@ -93,6 +93,7 @@ def test_against_differences(name: str, masked: bool, backend: str) -> None:
         np.testing.assert_allclose(getattr(grads, key), expected, rtol=1e-7, atol=1e-7, err_msg=key)
 
 
+@pytest.mark.slow("numba")
 @NORMS
 def test_one_cotangent_at_a_time(name: str, backend: str) -> None:
     """The map is linear: the answers to single cotangents add up to that to all, and to none it is zero."""
