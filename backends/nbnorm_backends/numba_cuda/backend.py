@@ -171,8 +171,6 @@ class CudaBackend(Backend):
     def backward_sums(
         self, dy: View, x: View, mean: Any, rstd: Any, weight: View | None, param_shape: tuple[int, ...] | None
     ) -> tuple[Any, Any, View | None, View | None]:
-        if param_shape is not None and weight is None:
-            weight = np.ones(param_shape, x.dtype)
         run, saved = self._run(x), Saved(x, mean, rstd, weight, param_shape, fixed=False)
         norm = run.norm_of(saved, dy)
         found = run.execute(sums_of(norm))
@@ -262,9 +260,12 @@ class Run:
         """What the gradient is asked of."""
         if saved.valid is not None:
             self.put("valid", saved.valid, np.int32)
+        weight = saved.weight
+        if weight is None and saved.bias is None and saved.param_shape is not None:
+            weight = np.ones(saved.param_shape, saved.x.dtype)  # kernels sum for weights that there are
         keys: dict[str, Any] = {"stats": (saved.mean, saved.rstd), "fixed": saved.fixed, "mask": saved.mask}
         keys |= {"epilogue": saved.epilogue, "dy": dy, "addend": addend}
-        return self.norm(saved.x, saved.weight, saved.bias, center=saved.mean is not None, **keys)
+        return self.norm(saved.x, weight, saved.bias, center=saved.mean is not None, **keys)
 
     def _put_statistics(self, mean: Any, rstd: Any, norm: Norm) -> bool:
         """Whether they are variances, one for each group."""
