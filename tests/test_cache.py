@@ -18,7 +18,7 @@ from numba import njit
 
 import nbnorm_backends
 from nbnorm_backends import store
-from nbnorm_backends.numba_cpu import atomics, cache, kernels, merging, whole
+from nbnorm_backends.numba_cpu import cache, kernels, merging, pool, whole
 from nbnorm_backends.numba_cpu.pool import worker
 
 ROOT = os.geteuid() == 0
@@ -105,7 +105,7 @@ def test_it_is_active_with_the_numba_that_is_installed() -> None:
     assert cache.KNOWN
     for kernel in (kernels.runs_forward, kernels.columns_apply, whole.respond):
         assert isinstance(worker(kernel)._cache, cache._Cache)  # type: ignore[attr-defined]
-    for function in (merging.columns_statistics, atomics.increase):
+    for function in (merging.columns_statistics, pool.close):
         assert isinstance(function._cache, cache._Cache)
 
 

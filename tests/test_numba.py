@@ -9,6 +9,7 @@ import importlib
 import os
 import pkgutil
 import queue
+import signal
 import subprocess
 import sys
 import textwrap
@@ -187,6 +188,57 @@ def test_an_interrupt_while_helpers_are_called_waits_for_them() -> None:
     time.sleep(0.02)
     assert found.any()
     assert (seen == found).all()
+
+
+@njit(nogil=True)
+def uneven(chunk, pause, seen):  # type: ignore[no-untyped-def]  # compiled
+    pause(30_000 if chunk else 1000)
+    seen[chunk] += 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer that sends signals")
+def test_what_a_handler_of_a_signal_raises_waits_for_helpers() -> None:
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    pause = ctypes.CDLL(None).usleep
+    pause.argtypes = [ctypes.c_uint]
+    pool, seen = Pool(2), np.zeros(2, np.int64)
+    pool.run(uneven, 2, (pause, seen), parallel=True)
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)  # the caller naps, the helper has the long chunk
+        with pytest.raises(TimeoutError):
+            pool.run(uneven, 2, (pause, seen), parallel=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    found = seen.copy()
+    time.sleep(0.04)
+    assert (seen == found).all()
+
+
+def test_a_call_while_numba_compiles() -> None:
+    """The first helper that joins must need nothing more of Numba, whose lock the caller holds."""
+    printed = fresh_process(
+        """
+        import faulthandler
+        from numba import njit
+        from numba.extending import overload
+        from nbnorm_backends.numba_cpu.pool import Pool
+        faulthandler.dump_traceback_later(60, exit=True)
+        nbnorm.dispatch.registry.load("numba").scheduler = Pool(2)
+        with nbnorm.threads(1):
+            expected = work()
+        def constant():
+            pass
+        @overload(constant)
+        def find():
+            found = work() == expected
+            return lambda: found
+        print(njit(lambda: constant())())
+        """
+    )
+    assert printed == "True"
 
 
 def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:

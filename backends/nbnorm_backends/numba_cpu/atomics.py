@@ -6,11 +6,9 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-from nbnorm_backends.numba_cpu.cache import sealed
 
 ORDER = "seq_cst"
 I64 = ir.IntType(64)
@@ -73,11 +71,3 @@ def pause(typing_context: Any) -> Any:
 def _pointer(context: Any, builder: Any, counters: Any, value: Any, index: Any) -> Any:
     view = context.make_array(counters)(context, builder, value)
     return cgutils.get_item_pointer(context, builder, counters, view, [index], wraparound=False)
-
-
-def _increase(counters: Any, index: int, value: int) -> Any:
-    return add(counters, index, value)
-
-
-# For Python: `add`.
-increase = sealed(njit(nogil=True)(_increase), "atomics.increase")

@@ -115,21 +115,18 @@ class _Job:
     chunk, or an interrupt between two, would leave short for ever.
     """
 
-    def __init__(self, bell: int, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
+    def __init__(self, bell: Any, address: int, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
         self.counters = np.zeros(COUNTERS, np.int64)
-        self.counters[BELL] = bell
+        self.counters[BELL] = address
+        self._bell = bell  # while there is its address: the pool of a forked child has another
         self._call: tuple[Callable[..., None], int, tuple[Any, ...]] | None = work, chunks, args
         self._error: BaseException | None = None
 
     def help(self) -> None:
-        """Join, unless the caller has closed the job already; what a chunk raises is the caller's. `linger` leaves."""
+        """Join, unless the caller has closed the job already. `linger` leaves."""
         call = self._call
-        if call is None:
-            return
-        try:
+        if call is not None:
             self._work(HELPER, *call)
-        except BaseException as error:  # noqa: BLE001  the helper must live on, and the caller shall see it
-            self._error = error
 
     def run(self, announce: Callable[[_Job], None]) -> None:
         """Announce the job to helpers and work, then wait until no helper touches the arrays any more, even when
@@ -144,19 +141,21 @@ class _Job:
             try:
                 self._close()
                 break
-            except KeyboardInterrupt as interrupt:
-                self._error = interrupt
+            except RecursionError:
+                raise  # to call a helper takes as much of the stack, so there is none
+            except BaseException as error:  # noqa: BLE001  what the handler of a signal raises
+                self._error = error
         self._call = None  # a helper that is late finds nothing, and keeps no arrays
         if self._error is not None:
             raise self._error
 
     def _work(self, who: int, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
-        """Claim and run chunks until none is left; after an error nobody finds one."""
+        """Claim and run chunks until none is left; after an error, which the caller raises, nobody finds one."""
         try:
             work(self.counters, who, chunks, *args)
-        except BaseException:
-            atomics.increase(self.counters, CLAIMED, chunks)
-            raise
+        except BaseException as error:  # noqa: BLE001  a helper must live on
+            self._error = error  # before the caller finds no chunk
+            self.counters[CLAIMED] = chunks
 
     def _close(self) -> None:
         """Close the job, if an error kept the compiled code from it, and nap until the helpers have left."""
@@ -201,7 +200,7 @@ class Pool:
             for _ in range(min(threads - 1, self._started(threads - 1))):
                 self._jobs.put(job)
 
-        _Job(self._address, work, chunks, args).run(announce)
+        _Job(self._bell, self._address, work, chunks, args).run(announce)
 
     def _started(self, wanted: int) -> int:
         """Helpers that run, after starting what is missing; fewer where the system gives no more threads."""
@@ -219,6 +218,10 @@ class Pool:
 
 
 def _help(jobs: queue.SimpleQueue[_Job], bell: Any) -> None:
+    # Compiled now: a caller may hold the compiler's lock, and waits for a helper that has joined.
+    counters = np.zeros(COUNTERS, np.int64)
+    close(counters)
+    linger(counters, bell, 0, 0)
     while True:
         job = jobs.get()
         job.help()
