@@ -826,7 +826,19 @@ def test_launches_run_in_the_context_of_their_device(driver: Driver) -> None:
     assert first[4] == (*pointers, 0, 2**33, 8)
 
 
-def test_errors_name_the_device(driver: Driver) -> None:
+def test_no_visible_gpu_is_said_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CUDAError(Exception):  # cuda.core's is no RuntimeError
+        pass
+
+    def get_all_devices() -> Any:
+        raise CUDAError("CUDA_ERROR_NO_DEVICE: no CUDA-capable device is detected")
+
+    core = SimpleNamespace(Device=SimpleNamespace(get_all_devices=get_all_devices))
+    monkeypatch.setattr(device, "import_module", lambda name: core)
+    assert device.names().startswith("CUDA_ERROR_NO_DEVICE")
+
+
+def test_errors_name_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = device.CudaDevice(1)
     driver.failing = RuntimeError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
     message = (
@@ -838,6 +850,14 @@ def test_errors_name_the_device(driver: Driver) -> None:
 
     class Error(int):
         name = "CUDA_ERROR_NO_DEVICE"
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("Unsupported .version 9.5; current version is '9.0'")
+
+    monkeypatch.setattr(cubins, "kernel_of", failing)
+    message = r"NVIDIA H100 \(cuda:1\): the kernel commit_float32_scalar could not be compiled or loaded: Unsupported"
+    with pytest.raises(nbnorm.BackendError, match=message):
+        opened.prepare(launch.Variant("commit", "float32", vector=False))
 
     driver.error = Error(100)
     with pytest.raises(

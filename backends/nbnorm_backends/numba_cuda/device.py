@@ -79,7 +79,7 @@ def names() -> str:
     try:
         found = import_module("cuda.core").Device.get_all_devices()
         return ", ".join(f"{each.name} (cuda:{each.device_id})" for each in found) or "none"
-    except RuntimeError as error:
+    except Exception as error:  # noqa: BLE001  cuda.core's CUDAError, where no GPU is visible, or the loader's
         return str(error)
 
 
@@ -106,6 +106,7 @@ ADVICE = {
     "CUDA_ERROR_NO_DEVICE": ": no GPU is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_INVALID_DEVICE": ": there is no such device; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_OUT_OF_MEMORY": ": free memory there, or pass fewer samples at a time",
+    "CUDA_ERROR_NOT_INITIALIZED": ": CUDA does not survive a fork: start the process by spawn or forkserver",
 }
 
 
@@ -158,9 +159,15 @@ class CudaDevice:
     def _kernel(self, variant: Variant) -> tuple[Any, tuple[str, ...]]:
         found = self._loaded.get(variant)
         if found is None:
-            made = cubins.kernel_of(variant, divmod(self.capability, 10))
-            with self.current():
-                kernel = self._core.ObjectCode.from_cubin(made.cubin, name=variant.name).get_kernel(made.entry)
+            try:
+                made = cubins.kernel_of(variant, divmod(self.capability, 10))
+                with self.current():
+                    kernel = self._core.ObjectCode.from_cubin(made.cubin, name=variant.name).get_kernel(made.entry)
+            except Exception as error:
+                raise BackendError(
+                    f"{self.name}: the kernel {variant.name} could not be compiled or loaded: {error}. Nothing was "
+                    f"written; {INSTALL} brings a compiler and a linker, of which the compiler must not be newer"
+                ) from error
             found = self._loaded[variant] = kernel, made.names
         return found
 
