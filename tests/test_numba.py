@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +240,27 @@ def test_a_call_while_numba_compiles() -> None:
         """
     )
     assert printed == "True"
+
+
+def test_a_helper_that_starts_may_call_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As garbage that it collects does, before its start is known to the thread that waits for it."""
+    pool, inner = Pool(2), np.zeros(100, np.int64)
+    begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
+
+    def collect(thread: threading.Thread) -> None:
+        if thread.name == "nbnorm" and not inner.any():
+            pool.run(count, 100, (-1, inner), parallel=True)
+        begin(thread)
+
+    pool.run(count, 0, (-1, inner), parallel=False)
+    monkeypatch.setattr(threading.Thread, "_bootstrap_inner", collect)
+    outer = np.zeros(100, np.int64)
+    caller = threading.Thread(target=pool.run, args=(count, 100, (-1, outer)), kwargs={"parallel": True}, daemon=True)
+    caller.start()
+    caller.join(30)
+    assert not caller.is_alive()
+    assert (inner == 1).all()
+    assert (outer == 1).all()
 
 
 def test_a_call_that_is_over_keeps_no_arrays_while_the_helper_is_busy() -> None:

@@ -56,18 +56,20 @@ class Recycler:
     def take(self, size: int) -> Block:
         """A block of so many bytes."""
         with self.lock:
-            for index in reversed(range(len(self.free))):
-                if self.free[index].size == size:
+            for block in reversed(self.free):
+                if block.size == size:
                     self._size -= size
-                    return self.free.pop(index)
+                    self.free.remove(block)
+                    return block
         return Block(size)
 
     def give_back(self, block: Block) -> None:
         with self.lock:
-            self.free.append(block)
             self._size += block.size
-            while self._size > self._most:
-                self._size -= self.free.pop(0).size
+            self.free.append(block)
+            while self.free and self._size > self._most:
+                self._size -= self.free[0].size  # no call between the two, in which another block may come back
+                del self.free[0]
 
 
 class Lease:

@@ -203,9 +203,12 @@ class Pool:
         _Job(self._bell, self._address, work, chunks, args).run(announce)
 
     def _started(self, wanted: int) -> int:
-        """Helpers that run, after starting what is missing; fewer where the system gives no more threads."""
-        if self._helpers < wanted:
-            with self._lock:
+        """Helpers that run, after starting what is missing; fewer where the system gives no more threads, or while
+        another thread starts them: a new one that collects garbage may call a norm before `start` returns, and must not
+        wait for that.
+        """
+        if self._helpers < wanted and self._lock.acquire(blocking=False):
+            try:
                 while self._helpers < wanted:
                     mine = self._jobs, self._bell
                     helper = threading.Thread(target=_help, args=mine, name="nbnorm", daemon=True)
@@ -214,6 +217,8 @@ class Pool:
                     except RuntimeError:  # no more threads, or the interpreter is ending: the caller does the work
                         break
                     self._helpers += 1
+            finally:
+                self._lock.release()
         return self._helpers
 
 
