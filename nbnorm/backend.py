@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nbnorm import composed
 from nbnorm.arrays import overlap, read_only
+from nbnorm.devices import added
 from nbnorm.statistics import Moments
 
 API_VERSION = 1
@@ -288,9 +289,7 @@ class Backend(ABC):
         out: View | None = None,
     ) -> tuple[View, View, Moments, Stats]:
         """(y, total, moments, rstd): total = x + addend in x's dtype, and y its norm."""
-        total = np.empty(x.shape, x.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.add(x, addend, out=total)
+        total = added(x, addend)
         y, found, rstd = self.forward(read_only(total), weight, bias, eps, center=center, out=out)
         assert found is not None
         return y, total, found, rstd

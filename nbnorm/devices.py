@@ -202,6 +202,20 @@ def broadcast(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     return array.broadcast_to(tuple(shape)) if isinstance(array, DeviceArray) else np.broadcast_to(array, shape)
 
 
+def added(x: NDArray[Any], addend: NDArray[Any]) -> NDArray[Any]:
+    """x + addend, C-contiguous; overflow is no warning."""
+    if isinstance(x, DeviceArray):
+        return x + addend
+    with np.errstate(over="ignore", invalid="ignore"):
+        total: NDArray[Any] = np.add(x, addend, order="C")
+    return total
+
+
+def device_type(array: NDArray[Any]) -> str:
+    """ "cpu" or "cuda"."""
+    return array.device.partition(":")[0]
+
+
 def empty_like(array: NDArray[Any]) -> NDArray[Any]:
     return array.memory.empty(array.shape, array.dtype) if isinstance(array, DeviceArray) else np.empty_like(array)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nbnorm import composed, dispatch, layout
 from nbnorm.arrays import Array, NumpyArrays, float_view, overlap, read_only
 from nbnorm.backend import PLAIN, Backend, DeviceMoments, Epilogue, Grads, Request, Saved, fixed_stats, masked_rstd
-from nbnorm.devices import broadcast, contiguous, copied, empty_like, on_host, zeros_like
+from nbnorm.devices import broadcast, contiguous, copied, device_type, empty_like, on_host, zeros_like
 from nbnorm.dropout import Dropout, warn_of_variance_shift
 from nbnorm.layout import Axes, Plan
 from nbnorm.statistics import Moments
@@ -244,8 +244,7 @@ def request(call: Call, plan: Plan) -> Request:
     order = None if call.activation is None else call.order
     split = sizes.r > 1 and sizes.s > 1
     extras = call.activation, order, call.residual is not None, call.mask is not None
-    device = call.x.view.device.partition(":")[0]
-    return Request(call.op, device, call.dtype, call.center, params, split, *extras)
+    return Request(call.op, device_type(call.x.view), call.dtype, call.center, params, split, *extras)
 
 
 def moments(call: Call) -> Moments:

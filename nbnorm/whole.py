@@ -18,6 +18,7 @@ from nbnorm.arguments import check_axes, check_axis, check_backend, check_out, c
 from nbnorm.arrays import Array
 from nbnorm.backend import Backend, Grads, Request
 from nbnorm.checks import check_length, check_number
+from nbnorm.devices import device_type
 from nbnorm.engine import Call, Placed, check_like
 from nbnorm.operation import operation
 
@@ -180,8 +181,9 @@ class WholeCall:
         return dispatch.decide(self._request(), self.call.backend, _place(self.call).copies)
 
     def _request(self) -> Request:
-        device = self.call.x.view.device.partition(":")[0]
-        return Request(self.call.op, device, self.call.dtype, center=True, param_axes=(), split=False)
+        return Request(
+            self.call.op, device_type(self.call.x.view), self.call.dtype, center=True, param_axes=(), split=False
+        )
 
     def _run(self) -> tuple[Any, Placed, Backend, NDArray[Any] | None]:
         """The result, and for the gradient the view of x; None for an empty one."""

@@ -41,7 +41,7 @@ class Block:
     def __init__(self, size: int) -> None:
         self.size = size
         self._memory = np.empty(size + LINE, np.uint8)
-        begin = self._memory.ctypes.data
+        begin = self._memory.__array_interface__["data"][0]  # `ctypes` is imported late, which fails at the very end
         self.interface = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (begin + -begin % LINE, False)}
 
 

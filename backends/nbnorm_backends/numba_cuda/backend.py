@@ -141,10 +141,7 @@ class CudaBackend(Backend):
         out: View | None = None,
     ) -> tuple[View, View, Any, Any]:
         if x.shape[1] > 1:  # kernels add to rows alone
-            with np.errstate(over="ignore", invalid="ignore"):
-                total = x + addend
-            y, found, rstd = self.forward(total, weight, bias, eps, center=center, out=out)
-            return y, total, found, rstd
+            return super().add_forward(x, addend, weight, bias, eps, center=center, out=out)
         run = self._run(x)
         norm = run.norm(x, weight, bias, center=center, eps=eps, added=addend, out=out)
         results = run.execute(forward_of(norm))
