@@ -277,6 +277,28 @@ class Backend(ABC):
 
         return again
 
+    def repeated_vjp(
+        self,
+        x: View,
+        weight: View | None,
+        bias: View | None,
+        eps: float,
+        *,
+        center: bool,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+        statistics: tuple[Stats, Stats] | None = None,
+        momentum: float | None = None,
+    ) -> Callable[..., Any] | None:
+        """The same for a call whose gradient is asked for: what `repeated` returns, or with `statistics`
+        `repeated_with_statistics`, but that it returns (y, gradient, statistics) in place of y. None, where there is no
+        such function.
+
+        `gradient` takes a C-contiguous dy like x, and returns the `Grads` of x, weight and bias in their own shapes and
+        dtypes; `statistics` takes nothing, and returns (mean, rstd) as `forward` takes them.
+        """
+        return None
+
     def add_forward(
         self,
         x: View,

@@ -469,6 +469,17 @@ class Ran:
         return Grads._make(None if operand is None else zeros_like(operand.view) for operand in operands)
 
 
+def ran_before(call: Call, stats: tuple[Any, Any]) -> Ran:
+    """What `compute` leaves of a plain norm with an activation at most, which ran elsewhere with these statistics."""
+    placed = place(call)
+    axes, plan = call.axes, placed.plan
+    backend = dispatch.select(request(call, plan), call.backend, placed.copies)
+    bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
+    param_shape = plan.param_shape if _has_params(call) else None
+    given = placed.five_axes(), *stats, _weight(call, plan), param_shape, call.fixed is not None, bias
+    return Ran(call, plan, backend, Saved(*given, epilogue=_epilogue(call, plan)))
+
+
 class GivenNorm:
     """A checked batch norm with given statistics, for a gradient that flows through them all the same.
 
@@ -508,7 +519,19 @@ class Pullback:
     """
 
     def __init__(self, call: Call, ran: Any) -> None:
-        self._call, self._ran = call, ran
+        self._made = call, ran
+
+    def _parts(self) -> tuple[Call, Any]:
+        """The call, and what its forward left."""
+        return self._made
+
+    @property
+    def _call(self) -> Call:
+        return self._parts()[0]
+
+    @property
+    def _ran(self) -> Any:
+        return self._parts()[1]
 
     def __call__(self, dy: Any) -> Grads:
         """Gradients for one cotangent.

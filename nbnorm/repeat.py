@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm import dispatch, engine
-from nbnorm.backend import Backend, Epilogue, may_write
-from nbnorm.engine import Call, Operand
+from nbnorm.backend import Backend, Epilogue, Grads, apart, may_write
+from nbnorm.engine import Call, Operand, Pullback, Ran, ran_before
 from nbnorm.layout import Plan
 
 STATISTICS = ("running_mean", "running_var")
@@ -23,13 +23,14 @@ CONSTANT = {int, float, bool, str, type(None), np.int64, np.float32, np.float64}
 MOST = 1024  # calls that are remembered; then they are forgotten, and remembered anew
 Again = Callable[..., Any]
 Place = int | str | None  # of an argument: its position, its keyword, or not given
+Allowed = Callable[..., bool]  # (out, x, weight, ...): whether `out` may be written
 
 
 class Remembered:
     """How to run a call again, and where its arrays stand among the arguments."""
 
-    def __init__(self, again: Again, places: tuple[Place, ...]) -> None:
-        self._again = again
+    def __init__(self, again: Again, places: tuple[Place, ...], allowed: Allowed) -> None:
+        self._again, self._allowed = again, allowed
         self._x, self._weight, self._bias, self._out = places
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,20 +38,72 @@ class Remembered:
         x = _given(self._x, args, kwargs)
         weight, bias = _given(self._weight, args, kwargs), _given(self._bias, args, kwargs)
         out = _given(self._out, args, kwargs)
-        return self._again(x, weight, bias, out) if out is None or may_write(out, x, weight, bias) else None
+        return self._again(x, weight, bias, out) if out is None or self._allowed(out, x, weight, bias) else None
 
 
 class RememberedWithStatistics(Remembered):
     """The same of a call with running statistics."""
 
-    def __init__(self, again: Again, places: tuple[Place, ...], mean: Place, var: Place) -> None:
-        super().__init__(again, places)
+    def __init__(self, again: Again, places: tuple[Place, ...], allowed: Allowed, mean: Place, var: Place) -> None:
+        super().__init__(again, places, allowed)
         self._mean, self._var = mean, var
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = self._x, self._weight, self._bias, self._mean, self._var, self._out
         *inputs, out = (_given(place, args, kwargs) for place in places)
-        return self._again(*inputs, out) if out is None or may_write(out, *inputs) else None
+        return self._again(*inputs, out) if out is None or self._allowed(out, *inputs) else None
+
+
+class RememberedVjp:
+    """How to run again a call whose gradient is asked for."""
+
+    def __init__(self, remembered: Remembered, prepare: Callable[..., Call], call: Call) -> None:
+        self._remembered, self._prepare = remembered, prepare
+        self._shape, self._dtype = call.x.view.shape, call.x.view.dtype
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Pullback] | None:
+        """What `nbnorm.vjp` returns; None where the call must be checked after all."""
+        ran = self._remembered(args, kwargs)
+        if ran is None:
+            return None
+        y, gradient, statistics = ran
+        return y, RepeatedPullback(self, args, kwargs, gradient, statistics)
+
+    def fits(self, dy: Any) -> bool:
+        """Whether dy needs no check, and no conversion."""
+        if dy.__class__ is not np.ndarray or dy.shape != self._shape or dy.dtype != self._dtype:
+            return False
+        flags = dy.flags
+        return bool(flags.c_contiguous and flags.aligned)
+
+    def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any], stats: tuple[Any, Any]) -> tuple[Call, Ran]:
+        """The call, and what a forward leaves that found these statistics."""
+        call = self._prepare(*args, **kwargs)
+        return call, ran_before(call, stats)
+
+
+class RepeatedPullback(Pullback):
+    """A pullback of a remembered call: what a plain dy does not need is made when it is asked for."""
+
+    def __init__(
+        self,
+        remembered: RememberedVjp,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        gradient: Callable[[Any], Grads],
+        statistics: Callable[[], tuple[Any, Any]],
+    ) -> None:
+        self._remembered, self._args, self._kwargs = remembered, args, kwargs
+        self._gradient, self._statistics = gradient, statistics
+        self._late: tuple[Call, Ran] | None = None
+
+    def __call__(self, dy: Any) -> Grads:
+        return self._gradient(dy) if self._remembered.fits(dy) else super().__call__(dy)
+
+    def _parts(self) -> tuple[Call, Ran]:
+        if self._late is None:
+            self._late = self._remembered.checked(self._args, self._kwargs, self._statistics())
+        return self._late
 
 
 def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,7 +112,7 @@ def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[place] if isinstance(place, int) else kwargs[place]
 
 
-def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+def key_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """All that the checks of a call, and the choice of its backend, depend on: of arrays of NumPy's not the content.
 
     None where that is more than can be seen: an argument that may change without becoming another, such as a list, or
@@ -85,8 +138,8 @@ def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return tuple(key)
 
 
-def recall(key: tuple[Any, ...] | None) -> Remembered | None:
-    """What was remembered under a key, unless a trace wants to see the decision."""
+def recall(key: tuple[Any, ...] | None) -> Any:
+    """The `Remembered` or `RememberedVjp` under a key, if there is one, unless a trace wants to see the decision."""
     return None if key is None or dispatch.traced() else dispatch.registry.calls.get(key)
 
 
@@ -94,9 +147,43 @@ def remember(
     key: tuple[Any, ...] | None, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Any
 ) -> None:
     """Keep how to run a call again that has just run, if it is of the kind."""
-    calls = dispatch.registry.calls
     if key is None or not isinstance(call, Call) or dispatch.traced():
         return
+    again = repeated(call) if _statistics(call) is None else repeated_with_statistics(call)
+    if again is not None:
+        _keep(key, _remembered(again, may_write, op, args, kwargs, call))
+
+
+def remember_vjp(
+    key: tuple[Any, ...] | None,
+    op: Callable[..., Any],
+    prepare: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    call: Any,
+) -> RememberedVjp | None:
+    """The same of a call whose gradient is asked for, which has not run yet: what it is to be run by."""
+    if key is None or not isinstance(call, Call) or call.op == "moments" or dispatch.traced():
+        return None
+    again = repeated_vjp(call)
+    if again is None:
+        return None
+    found = RememberedVjp(_remembered(again, _lies_apart, op, args, kwargs, call), prepare, call)
+    _keep(key, found)
+    return found
+
+
+def _keep(key: tuple[Any, ...], found: Remembered | RememberedVjp) -> None:
+    calls = dispatch.registry.calls
+    if len(calls) >= MOST:
+        calls.clear()
+    calls[key] = found
+
+
+def _remembered(
+    again: Again, allowed: Allowed, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call
+) -> Remembered:
+    """How `again` finds its arrays among such arguments."""
     names = list(inspect.signature(op).parameters)
 
     def place(name: str) -> Place:
@@ -105,20 +192,14 @@ def remember(
     # x is called weight in weight_standardization, which has no parameters
     others = (place(name) if getattr(call, name) is not None else None for name in ("weight", "bias", "out"))
     places = place(names[0]), *others
-    found: Remembered | None = None
-    if _statistics(call) is not None:
-        again = repeated_with_statistics(call)
-        if again is not None:
-            found = RememberedWithStatistics(again, places, *map(place, STATISTICS))
-    else:
-        again = repeated(call)
-        if again is not None:
-            found = Remembered(again, places)
-    if found is None:
-        return
-    if len(calls) >= MOST:
-        calls.clear()
-    calls[key] = found
+    if _statistics(call) is None:
+        return Remembered(again, places, allowed)
+    return RememberedWithStatistics(again, places, allowed, *map(place, STATISTICS))
+
+
+def _lies_apart(out: NDArray[Any], *inputs: NDArray[Any] | None) -> bool:
+    """Whether `out` overwrites nothing that a gradient needs."""
+    return apart((out,), *inputs)
 
 
 def repeated(call: Call, *, bound: bool = False) -> Again | None:
@@ -154,6 +235,20 @@ def repeated_with_statistics(call: Call) -> Again | None:
         epilogue=epilogue,
         shape=call.x.view.shape,
     )
+
+
+def repeated_vjp(call: Call) -> Again | None:
+    """The same of either kind, for a call whose gradient is asked for, as `Backend.repeated_vjp` says."""
+    statistics = _statistics(call)
+    ready = _ready(call, (call.x, call.weight, call.bias, call.out, *(statistics or ())))
+    if ready is None:
+        return None
+    placed, backend, epilogue = ready
+    keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape}
+    if statistics is not None:
+        keys["statistics"] = tuple(stat.view for stat in statistics)
+        keys["momentum"] = None if call.running is None else call.running.momentum
+    return backend.repeated_vjp(placed.five_axes(), *_params(call, placed.plan), call.eps, **keys)
 
 
 def bound(call: Call) -> Again | None:

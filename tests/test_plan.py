@@ -227,17 +227,21 @@ def test_preference_and_trace_are_heard() -> None:
     assert not registry.calls
 
 
-def test_nothing_of_the_callers_is_kept() -> None:
+@pytest.mark.parametrize("call", [lambda op, *args: op(*args), nbnorm.vjp])
+@pytest.mark.parametrize("op", [nbnorm.layer_norm, nbnorm.batch_norm])
+def test_nothing_of_the_callers_is_kept(op: Any, call: Any) -> None:
 
     class Watched(np.ndarray):
         pass
 
-    memory = RNG.normal(size=(4, 3)).astype("f4").view(Watched)
+    memory = RNG.normal(size=(6, 4, 3)).astype("f4").view(Watched)
     watch = weakref.ref(memory)
-    x = np.asarray(memory)
-    nbnorm.layer_norm(x, 3, backend="numba")
-    assert registry.calls
-    del memory, x
+    x, (weight, bias) = np.asarray(memory), np.asarray(memory)[:2, 0]
+    result = call(op, x, 3, weight, bias) if op is nbnorm.layer_norm else call(op, x[0], weight, bias)
+    assert len(registry.calls) == 1
+    if call is nbnorm.vjp:
+        result[1](np.ones_like(result[0]))
+    del memory, x, weight, bias, result
     gc.collect()
     assert watch() is None
 

@@ -7,6 +7,7 @@ a few rows. So what is called here is the compiled function itself, which checks
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,22 @@ from numba import typeof
 from numpy.typing import NDArray
 
 from nbnorm.arrays import read_only
-from nbnorm.backend import apart, shape_of_params
-from nbnorm_backends.numba_cpu import columns, cuts, kernels, outputs, tables
+from nbnorm.backend import Grads, apart, shape_of_params
+from nbnorm_backends.numba_cpu import columns, cuts, kernels, merging, outputs, tables
 from nbnorm_backends.numba_cpu.checks import overlaps_in_part, share_memory
 from nbnorm_backends.numba_cpu.elements import CARRIERS
-from nbnorm_backends.numba_cpu.kernels import STATISTICS
+from nbnorm_backends.numba_cpu.kernels import MEAN, RSTD, STATISTICS
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Options
 from nbnorm_backends.numba_cpu.pool import ALONE, Pool, worker
-from nbnorm_backends.numba_cpu.runs import leap_of, parameters, runs_view
+from nbnorm_backends.numba_cpu.runs import cut_backward, leap_of, parameters, runs_view
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
 Array = NDArray[Any]
 # (x, weight, bias, out, find, table) -> y: with statistics that `find` asks for, or with those of the table
 Normalize = Callable[[Array, Array | None, Array | None, Array | None, bool, Array], Array]
+# (y, x, weight, bias, table) -> what the call returns: y, or (y, gradient, statistics)
+Result = Callable[[Array, Array, Array | None, Array | None, Array], Any]
+Merge = Callable[[Any, Array | None], Array | None]
 
 
 def parameter_views(x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Array] | None:
@@ -38,14 +42,34 @@ def parameter_views(x: Array, weight: Array | None, bias: Array | None) -> tuple
     return found
 
 
-def repeated(normalize: Normalize, groups: int) -> Callable[..., Array]:
+def _normalized(y: Array, x: Array, weight: Array | None, bias: Array | None, table: Array) -> Array:
+    """What a call returns whose gradient nobody asks for."""
+    return y
+
+
+def _absent(param: Array | None, view: Array) -> Any:
+    """The view of a parameter that is not given: of one that is, which is the caller's, nothing is kept."""
+    return view if param is None else None
+
+
+def repeated(normalize: Normalize, groups: int, result: Result = _normalized) -> Callable[..., Any]:
     """`Backend.repeated`, for x of so many groups."""
-    return lambda x, weight, bias, out: normalize(x, weight, bias, out, True, np.empty((STATISTICS, groups)))
+
+    def again(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+        table = np.empty((STATISTICS, groups))
+        return result(normalize(x, weight, bias, out, True, table), x, weight, bias, table)
+
+    return again
 
 
 def repeated_with_statistics(
-    normalize: Normalize, groups: int, statistics: tuple[Array, Array], eps: float, momentum: float | None
-) -> Callable[..., Array | None]:
+    normalize: Normalize,
+    groups: int,
+    statistics: tuple[Array, Array],
+    eps: float,
+    momentum: float | None,
+    result: Result = _normalized,
+) -> Callable[..., Any]:
     """`Backend.repeated_with_statistics`, likewise; where they move, those of one group each."""
     table = np.empty((STATISTICS, groups))
     if momentum is None:
@@ -53,31 +77,41 @@ def repeated_with_statistics(
 
         def evaluate(
             x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array, out: Array | None
-        ) -> Array:
+        ) -> Any:
             table = np.empty((STATISTICS, groups))
             fix(mean, var, eps, table)
-            return normalize(x, weight, bias, out, False, table)
+            return result(normalize(x, weight, bias, out, False, table), x, weight, bias, table)
 
         return evaluate
     step, move = float(momentum), _compiled(tables.move, (*statistics, float(momentum), table))
 
-    def train(
-        x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array, out: Array | None
-    ) -> Array | None:
+    def train(x: Array, weight: Array | None, bias: Array | None, mean: Array, var: Array, out: Array | None) -> Any:
         if not apart((mean, var), x, weight, bias):
             return None
         table = np.empty((STATISTICS, groups))
         y = normalize(x, weight, bias, out, True, table)
         move(mean, var, step, table)
-        return y
+        return result(y, x, weight, bias, table)
 
     return train
 
 
 def normalizes_runs(
-    pool: Pool, x: Array, w: Array, b: Array, options: Options, *, center: bool, eps: float, shape: tuple[int, ...]
-) -> Normalize:
-    """By the kernel that `runs.forward` runs, for w and b of `parameter_views`."""
+    pool: Pool,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    options: Options,
+    *,
+    center: bool,
+    eps: float,
+    shape: tuple[int, ...],
+) -> Normalize | None:
+    """By the kernel that `runs.forward` runs; None where weight and bias have no `parameter_views`."""
+    views = parameter_views(x, weight, bias)
+    if views is None:
+        return None
+    w, b = views
     view, four, dtype, empty = runs_view(x), w.shape, x.dtype, _empty(x)
     five = view.shape
     seen = _seen(x, five)
@@ -94,12 +128,13 @@ def normalizes_runs(
     table = np.empty((STATISTICS, total))
     work = worker(kernels.runs_forward)
     run = _compiled(work, (np.zeros(1, np.int64), ALONE, chunks, *arguments(view, w, b, True, table, sample)))
+    ones, zeros = _absent(weight, w), _absent(bias, b)
 
     def normalize(
         x: Array, weight: Array | None, bias: Array | None, out: Array | None, find: bool, table: Array
     ) -> Array:
         y = empty(shape, dtype) if out is None else out
-        own = w if weight is None else weight.reshape(four), b if bias is None else bias.reshape(four)
+        own = ones if weight is None else weight.reshape(four), zeros if bias is None else bias.reshape(four)
         args = arguments(seen(x), *own, find, table, seen(y))
         if parallel:
             pool.share(run, chunks, args)
@@ -136,6 +171,132 @@ def normalizes_columns(
         return y
 
     return normalize
+
+
+def differentiates_runs(
+    pool: Pool,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    options: Options,
+    *,
+    fixed: bool,
+    center: bool,
+    shape: tuple[int, ...],
+) -> Result:
+    """By the kernel that `runs.backward` runs, for weight and bias of which `parameter_views` gives views."""
+    param_shape = shape_of_params(weight, bias)
+    w, b = parameters(x, weight, bias)
+    view, four, dtype, empty = runs_view(x), w.shape, x.dtype, _empty(x)
+    five = view.shape
+    seen = _seen(x, five)
+    groups, chunks, shares, allocate = cut_backward(x, w, param_shape)
+    size = 2, max(shares, 1), *(four if shares else (0,) * len(four))
+    leap, find, total = leap_of(pool, x, 3), not fixed or shares > 0, five[0] * five[2]
+    parallel, large = x.size > TUNING.serial, x.nbytes >= outputs.STREAM_RUNS_BACKWARD
+
+    def arguments(dy: Array, x: Array, w: Array, b: Array, table: Array, grads: Array, dx: Array) -> tuple[Any, ...]:
+        stream = large and outputs.streams(dx, five[4], outputs.STREAM_RUNS_BACKWARD)
+        found = groups, leap, dy, x, w, b, center, fixed, find, table, np.zeros((2, total)), None, None
+        return *found, options.before, options.after, None, grads[0], grads[1], None, stream, dx
+
+    sample, table, grads = runs_view(np.empty(x.shape, dtype)), np.empty((STATISTICS, total)), allocate(size)
+    given = arguments(view, view, w, b, table, grads, sample)
+    signature = tuple(map(typeof, (np.zeros(1, np.int64), ALONE, chunks, *given)))
+    ones, zeros = _absent(weight, w), _absent(bias, b)
+    merges = _merges(weight, bias)
+
+    @cache  # not every pullback is called
+    def compiled() -> Any:
+        work: Any = worker(kernels.runs_backward)
+        return work.compile(signature)
+
+    def differentiate(dy: Array, x: Array, weight: Array | None, bias: Array | None, table: Array) -> Grads:
+        dx, grads = empty(shape, dtype), allocate(size)
+        own = ones if weight is None else weight.reshape(four), zeros if bias is None else bias.reshape(four)
+        run, args = compiled(), arguments(seen(dy), seen(x), *own, table, grads, seen(dx))
+        if parallel:
+            pool.share(run, chunks, args)
+        else:
+            run(np.zeros(1, np.int64), ALONE, chunks, *args)
+        if not shares:
+            return Grads(dx)
+        return Grads(dx, merges[0](grads[0], weight), merges[1](grads[1], bias))
+
+    return _with_gradient(differentiate, five, center)
+
+
+def differentiates_columns(
+    pool: Pool,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    options: Options,
+    *,
+    fixed: bool,
+    center: bool,
+    shape: tuple[int, ...],
+) -> Result:
+    """By `columns.backward`; weight and bias are not along r."""
+    five, dtype, empty, param_shape = x.shape, x.dtype, _empty(x), shape_of_params(weight, bias)
+    keys: dict[str, Any] = {"center": center, "fixed": fixed, "find": not fixed or param_shape is not None}
+    keys |= {"param_shape": param_shape, "addend": None, "dz": None}
+    merges = _merges(weight, bias)
+
+    def differentiate(dy: Array, x: Array, weight: Array | None, bias: Array | None, table: Array) -> Grads:
+        dx = empty(shape, dtype)
+        w, b = (None if param is None else param.reshape(param_shape) for param in (weight, bias))
+        coefficients = np.zeros((2, table.shape[1]))
+        given = read_only(dy.reshape(five)), read_only(x.reshape(five)), w, b, options
+        found = columns.backward(pool, *given, stats=table, coefficients=coefficients, dx=dx.reshape(five), **keys)
+        return Grads(dx, merges[0](found[0], weight), merges[1](found[1], bias))
+
+    return _with_gradient(differentiate, five, center)
+
+
+def _merges(weight: Array | None, bias: Array | None) -> list[Merge]:
+    """For weight and bias what makes a gradient of its parts (shares, ...)."""
+    return [_nothing if param is None else _merge(param.dtype) for param in (weight, bias)]
+
+
+def _nothing(parts: Array, param: Array | None) -> None:
+    """The gradient of what is not there."""
+
+
+def _merge(dtype: np.dtype[Any]) -> Merge:
+    """By a compiled sum, which rounds to the parameter's type: in NumPy that takes as long as all else that a small
+    gradient needs. Half types, which have no such sum, are rounded there."""
+    half = dtype.itemsize == 2
+    real = np.dtype(np.float64) if half else dtype
+
+    @cache
+    def compiled() -> Any:
+        return _compiled(merging.merge_rounded, (np.empty((1, 1)), np.empty(1, real)))
+
+    def merge(parts: Array, param: Array | None) -> Array:
+        assert param is not None
+        total = np.empty(param.shape, real)
+        compiled()(parts.reshape(-1, total.size), total.reshape(-1))
+        if not half:
+            return total
+        with np.errstate(over="ignore", invalid="ignore"):
+            return total.astype(dtype)
+
+    return merge
+
+
+def _with_gradient(differentiate: Callable[..., Grads], shape: tuple[int, ...], center: bool) -> Result:
+    """What returns (y, gradient, statistics) of a norm with x of these five axes."""
+    n, _, g, _, _ = shape
+
+    def statistics_of(table: Array) -> tuple[Array | None, Array]:
+        return table[MEAN].reshape(n, g) if center else None, table[RSTD].reshape(n, g)
+
+    def result(y: Array, x: Array, weight: Array | None, bias: Array | None, table: Array) -> Any:
+        gradient = partial(differentiate, x=x, weight=weight, bias=bias, table=table)
+        return y, gradient, partial(statistics_of, table)
+
+    return result
 
 
 def bound(

@@ -105,12 +105,40 @@ class NumbaBackend(WholeOps, Backend):
         shape: tuple[int, ...],
     ) -> Callable[..., Any]:
         n, g = x.shape[0], x.shape[2]
-        if (n == 1 or momentum is None) and statistics[0].itemsize > 2:
+        if _one_table(n, statistics, momentum):
             normalize = self._normalizes(x, weight, bias, epilogue, center=True, eps=eps, shape=shape)
             if normalize is not None:
                 return again.repeated_with_statistics(normalize, n * g, statistics, eps, momentum)
         keys: dict[str, Any] = {"momentum": momentum, "epilogue": epilogue, "shape": shape}
         return super().repeated_with_statistics(x, weight, bias, statistics, eps, **keys)
+
+    def repeated_vjp(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        *,
+        center: bool,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+        statistics: tuple[Array, Array] | None = None,
+        momentum: float | None = None,
+    ) -> Callable[..., Any] | None:
+        n, g = x.shape[0], x.shape[2]
+        if statistics is not None and not _one_table(n, statistics, momentum):
+            return None
+        keys: dict[str, Any] = {"center": center, "shape": shape}
+        normalize = self._normalizes(x, weight, bias, epilogue, eps=eps, **keys)
+        if normalize is None:
+            return None
+        assert isinstance(self.scheduler, Pool)
+        options, fixed = options_of(None, epilogue), statistics is not None and momentum is None
+        differentiates = again.differentiates_columns if _family(x) is columns else again.differentiates_runs
+        differentiate = differentiates(self.scheduler, x, weight, bias, options, fixed=fixed, **keys)
+        if statistics is None:
+            return again.repeated(normalize, n * g, differentiate)
+        return again.repeated_with_statistics(normalize, n * g, statistics, eps, momentum, differentiate)
 
     def _normalizes(
         self, x: Array, weight: Array | None, bias: Array | None, epilogue: Epilogue, **keys: Any
@@ -123,8 +151,7 @@ class NumbaBackend(WholeOps, Backend):
             if columns.lie_along_r(weight, bias):
                 return None
             return again.normalizes_columns(self.scheduler, x, weight, bias, options, **keys)
-        views = again.parameter_views(x, weight, bias)
-        return None if views is None else again.normalizes_runs(self.scheduler, x, *views, options, **keys)
+        return again.normalizes_runs(self.scheduler, x, weight, bias, options, **keys)
 
     def add_forward(
         self,
@@ -275,6 +302,11 @@ def _scheduler() -> Scheduler:
     if wanted not in ("pool", "prange"):
         raise ValueError(f"NBNORM_SCHEDULER must be pool or prange; got {wanted!r}")
     return Pool(thread_count()) if wanted == "pool" else Prange(thread_count())
+
+
+def _one_table(n: int, statistics: tuple[Array, Array], momentum: float | None) -> bool:
+    """Whether compiled code takes given statistics, or moves them, by the table of n samples."""
+    return (n == 1 or momentum is None) and statistics[0].itemsize > 2
 
 
 def _family(x: Array) -> ModuleType:

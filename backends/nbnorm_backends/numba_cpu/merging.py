@@ -47,6 +47,16 @@ def merge_shares(part, sums):
 
 
 @KERNEL
+def merge_rounded(part, total):
+    """total (w,) = part (shares, w), summed likewise and rounded to total's type."""
+    sums = np.zeros(total.size)
+    for share in range(part.shape[0]):
+        add_to(part[share], sums)
+    for j in range(total.size):
+        total[j] = sums[j]
+
+
+@KERNEL
 def means_of_first(x, pivot):
     """pivot (n, w) of float64: the mean of each column's first NEAR elements (see `kernels.pivot_of`)."""
     rows = min(NEAR, x.shape[1])

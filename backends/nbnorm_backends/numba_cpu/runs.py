@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,15 +63,8 @@ def backward(
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
     w, b = parameters(x, weight, bias, param_shape)
-    once = x.shape[0] == 1  # no two groups share parameters, so one share of their gradients serves all chunks
-    if param_shape is None or once:
-        groups = cuts.groups_per_chunk(x.size, stats.shape[1])
-    else:
-        groups = cuts.groups_per_share(x.size, stats.shape[1], w.size)
-    chunks = cuts.parts(stats.shape[1], groups)
-    shares = 0 if param_shape is None else 1 if once else chunks
-    size = 2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)
-    grads = np.empty(size) if shares > 1 else np.zeros(size)
+    groups, chunks, shares, empty = cut_backward(x, w, param_shape)
+    grads = empty((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
     found = (
         groups,
         leap_of(scheduler, x, 3),
@@ -94,6 +88,19 @@ def backward(
     merging.merge_shares(grads.reshape(2, 1, shares, -1), sums)
     dweight, dbias = (_five_axes(grad.reshape(w.shape), x, param_shape) for grad in sums)
     return dweight, dbias
+
+
+def cut_backward(x: Array, w: Array, param_shape: tuple[int, ...] | None) -> tuple[int, int, int, Callable[..., Array]]:
+    """Groups of a chunk, chunks, shares of the gradients of weight and bias, and what makes the array of these."""
+    total, once = x.shape[0] * x.shape[2], x.shape[0] == 1
+    if param_shape is None or once:
+        groups = cuts.groups_per_chunk(x.size, total)
+    else:
+        groups = cuts.groups_per_share(x.size, total, w.size)
+    chunks = cuts.parts(total, groups)
+    # With one sample no two groups share parameters, so one share of their gradients serves all chunks.
+    shares = 0 if param_shape is None else 1 if once else chunks
+    return groups, chunks, shares, np.empty if shares > 1 else np.zeros
 
 
 def leap_of(scheduler: Scheduler, x: Array, arrays: int) -> int:
