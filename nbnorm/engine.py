@@ -164,8 +164,11 @@ def place(call: Call) -> Placed:
     elif not x.flags.aligned:
         reason = "unaligned elements"
     else:
+        n, r, g, c, s = plan.layout
         try:
-            ordered.reshape(plan.layout, copy=False)
+            five = ordered.reshape(plan.layout, copy=False)
+            if s == 1 and r > 1:  # then (g, c) are the columns of one row
+                five.reshape(n, r, g * c, copy=False)
         except ValueError:
             reason = f"strides {x.strides} of shape {x.shape} collapse into no five-axis view"
     if not (reason or on_host(x) or plain(ordered)):

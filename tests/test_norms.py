@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -173,6 +175,25 @@ def test_copies_are_counted() -> None:
         assert reason in decision.copies[0]
         assert reason in str(decision)
     assert nbnorm.explain(nbnorm.layer_norm, np.zeros((4, 30), "f4")[:, :20], 20).copies == ()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("part", [np.s_[:], np.s_[:, :, :128], np.s_[:, ::2], np.s_[:, :, ::2], np.s_[::-1]])
+def test_no_copy_is_hidden(part: Any, axis: Any) -> None:
+    """What is allocated beside the result: a copy of x only where `explain` tells of it."""
+    pytest.importorskip("numba")
+    x = np.zeros((64, 128, 130), "f4")[part]
+    keys: dict[str, Any] = {"axis": axis, "backend": "numba"}
+    copies = len(nbnorm.explain(nbnorm.layer_norm, x, **keys).copies)
+    nbnorm.layer_norm(x, **keys)
+    tracemalloc.start()
+    try:
+        y = nbnorm.layer_norm(x, **keys)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    statistics = 100 * x.size // math.prod(x.shape[a] for a in np.atleast_1d(axis))
+    assert peak <= (1 + copies) * y.nbytes + statistics + 2**18
 
 
 @pytest.mark.parametrize("op", [nbnorm.batch_norm, nbnorm.instance_norm])
