@@ -44,7 +44,12 @@ def checked(op: Any, x: Any, keys: dict[str, Any]) -> tuple[Any, Any]:
     return prepared(op, (x,), keys).vjp()
 
 
-@pytest.mark.parametrize("name", CASES)
+PLAIN = ("layer", "layer, weight alone", "batch", "batch, last", "batch, given statistics", "group", "instance")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in PLAIN else pytest.param(name, marks=pytest.mark.slow("numba")) for name in CASES]
+)
 def test_later_gradients_have_the_same_bits(name: str, backend: str) -> None:
     op, given = CASES[name]
     keys = given | {"backend": backend}
@@ -61,7 +66,7 @@ def test_later_gradients_have_the_same_bits(name: str, backend: str) -> None:
     same_bits(again(DY.astype(">f4")), expected)
 
 
-@pytest.mark.parametrize("name", ["layer", "batch", "batch, last", "batch, given statistics", "rms, weight"])
+@pytest.mark.parametrize("name", ["layer", "batch", "batch, last", "batch, given statistics"])
 def test_second_derivatives_of_later_calls(name: str, backend: str) -> None:
     op, given = CASES[name]
     keys = given | {"backend": backend}
@@ -73,7 +78,9 @@ def test_second_derivatives_of_later_calls(name: str, backend: str) -> None:
     same_bits((found[0], *found[1]), (expected[0], *expected[1]))
 
 
-@pytest.mark.parametrize("dtype", ["f8", "f2", ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", ["f8", *(pytest.param(dtype, marks=pytest.mark.slow("numba")) for dtype in ("f2", ml_dtypes.bfloat16))]
+)
 @pytest.mark.parametrize("param", ["same", "f4"])
 @pytest.mark.parametrize("last", [True, False])
 def test_dtypes(last: bool, param: str, dtype: Any, backend: str) -> None:
@@ -140,6 +147,7 @@ def test_out_must_leave_what_the_gradient_needs(backend: str) -> None:
     assert x.tobytes() == X.tobytes()
 
 
+@pytest.mark.slow("numba")
 def test_an_overflow_of_a_parameter_gradient_is_silent(backend: str) -> None:
     """As infinity, of a type that cannot hold it."""
     x, dy = X.astype("f2"), np.full(X.shape, 6e4, "f2")

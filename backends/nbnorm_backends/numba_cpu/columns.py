@@ -219,13 +219,16 @@ def backward(
     terms = grid.terms(x, stats, w, b, single=single)
     dweight = dbias = None
     if find:
-        wide = terms if not single else grid.terms(x, stats, w, b, single=False)
         narrow = single and dx.size > 0  # else the sums are what is asked for
         args = grid.view(dy), grid.view(x), params, extra, stats, w, along_r and param_shape is not None
-        sums, rows = _backward_sums(grid, terms if narrow else wide, *args, single=narrow)
+
+        def wide() -> tuple[Any, ...]:
+            return grid.terms(x, stats, w, b, single=False) if single else terms
+
+        sums, rows = _backward_sums(grid, terms if narrow else wide(), *args, single=narrow)
         doubted = np.empty(sums.shape[1:], np.bool_)
         if narrow and merging.overflowed(sums, doubted):
-            again, rows = _backward_sums(grid, wide, *args, single=False)
+            again, rows = _backward_sums(grid, wide(), *args, single=False)
             merging.replace(sums, again, doubted)
         dparams = np.empty((2, g * x.shape[3]))
         merging.columns_gradients(sums, stats, *grid.groups, w, center, fixed, coefficients, dparams)
@@ -269,4 +272,6 @@ def _backward_sums(
 
 def _reduced(grad: Array, param_shape: tuple[int, ...]) -> Array:
     """Summed over the axes that the parameter lacks."""
+    if grad.shape == param_shape:
+        return grad
     return np.asarray(grad.sum(axis=tuple(axis for axis in range(5) if param_shape[axis] == 1), keepdims=True))

@@ -147,7 +147,10 @@ class _Job:
                 self._error = error
         self._call = None  # a helper that is late finds nothing, and keeps no arrays
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                self._error = None  # whose traceback knows this job: the arrays of both would wait for a collection
 
     def _work(self, who: int, work: Callable[..., None], chunks: int, args: tuple[Any, ...]) -> None:
         """Claim and run chunks until none is left; after an error, which the caller raises, nobody finds one."""
