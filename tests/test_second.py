@@ -159,16 +159,16 @@ def test_a_gradient_penalty_of_torch() -> None:
 
 
 def test_refusals() -> None:
-    x = np.ones((2, 3))
+    x, numpy = np.ones((2, 3)), {"backend": "numpy"}
     for call in (
-        lambda: nbnorm.vjp(nbnorm.layer_norm, x, 3, activation="relu")[1].vjp(x),
-        lambda: nbnorm.vjp(nbnorm.add_layer_norm, x, x, 3)[1].vjp((x, x)),
-        lambda: nbnorm.vjp(nbnorm.normalize, x)[1].vjp(x),
-        lambda: nbnorm.vjp(nbnorm.batch_renorm, x, np.zeros(3), np.ones(3), training=True)[1].vjp(x),
+        lambda: nbnorm.vjp(nbnorm.layer_norm, x, 3, activation="relu", **numpy)[1].vjp(x),
+        lambda: nbnorm.vjp(nbnorm.add_layer_norm, x, x, 3, **numpy)[1].vjp((x, x)),
+        lambda: nbnorm.vjp(nbnorm.normalize, x, **numpy)[1].vjp(x),
+        lambda: nbnorm.vjp(nbnorm.batch_renorm, x, np.zeros(3), np.ones(3), training=True, **numpy)[1].vjp(x),
     ):
         with pytest.raises(TypeError, match="has no second derivatives"):
             call()
-    _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 3, weight=np.ones(3))
+    _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 3, weight=np.ones(3), **numpy)
     _, pullback2 = pullback.vjp(x)
     with pytest.raises(TypeError, match="cotangents must be Grads; got ndarray"):
         pullback2(x)
