@@ -170,10 +170,10 @@ def _polynomial(x: Real, square: Real, coefficients: tuple[float, ...]) -> Real:
 
 
 def _horner(x: Real, coefficients: Sequence[Any]) -> Real:
-    *rest, total = coefficients
-    for coefficient in reversed(rest):
+    total: Real = x * coefficients[-1] + coefficients[-2]
+    for coefficient in reversed(coefficients[:-2]):
         total = x * total + coefficient
-    return total if isinstance(total, Real) else Real(x.builder, x.of(total))
+    return total
 
 
 def _nearest(x: Real, factor: float, exponent: int = 0) -> tuple[Real, Real]:
