@@ -7,7 +7,7 @@ whose Numba type is the activation's name: each is compiled into the loop that u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,11 @@ class Real:
         test = self.builder.fcmp_ordered(comparison, self.value, self.of(bound))
         return Real(self.builder, self.builder.select(test, self.of(chosen), self.of(other)))
 
-    def bits(self, change: Callable[[Any, Callable[[int], Any]], Any]) -> Real:
-        """What `change` makes of the bits; its second argument makes integer constants."""
+    def bits(self, change: Callable[..., Any], *others: Real) -> Real:
+        """What `change` makes of the bits, and of those of the others; its first argument makes integer constants."""
         word = I32 if self.value.type == F32 else I64
-        changed = change(self.builder.bitcast(self.value, word), lambda number: ir.Constant(word, number))
+        words = [self.builder.bitcast(one.value, word) for one in (self, *others)]
+        changed = change(lambda number: ir.Constant(word, number), *words)
         return Real(self.builder, self.builder.bitcast(changed, self.value.type))
 
 
@@ -106,56 +107,54 @@ class _Constants:
 
     ln2: tuple[float, float]  # high and low part
     mantissa: int  # bits
-    round: (
-        float  # 1.5 * 2**mantissa + bias of the exponent: adding it leaves the nearest integer + bias in the last bits
-    )
+    round: float  # 1.5 * 2**mantissa: adding it leaves the nearest integer in the last bits
+    bias: int  # of the exponent
     sign: int  # the bit of the sign, as a signed integer
     lowest: float  # -bias * ln(2): exp of it is 0 in place of a denormal
     flat: float  # tanh(x / 2) of more rounds to 1
-    exp: tuple[float, ...]  # (exp(r) - 1 - r) / r**2 for |r| <= ln(2) / 2
-    mills: tuple[tuple[float, ...], tuple[float, ...]]  # exp(z*z/2) * (1 - Phi(z)), a quotient
-    farthest: float  # where exp(-z*z/2) has become 0
-    bell: tuple[float, ...] | None  # `exp` in one term less, where that is precise enough
+    coth: tuple[float, ...]  # r * coth(r / 2) for |r| <= ln(2) / 2, in r**2
+    farthest: float  # the normal tail beyond it counts as the one there
     low_bits: int  # cleared in the factor of a square that shall be exact
 
 
-# Largest relative errors before rounding: exp 3e-9 and 7e-18, mills 5e-9 and 5e-17, bell 1e-7. Those of SINGLE are
-# fitted by docs/coefficients.py; of DOUBLE exp is interpolated at Chebyshev nodes in 50 digits.
+# Largest relative errors before rounding of exp: 4e-10 and 2e-18. SINGLE.coth, BELL and MILLS are fitted
+# by docs/coefficients.py; DOUBLE.coth is the power series.
 SINGLE = _Constants(
-    (0.693359375, -2.12194440e-4),
-    23,
-    12582912.0 + 127,
-    -(1 << 31),
-    -88.029691,
-    18.1,
-    (0.4999999344774544, 0.16666520630984757, 0.04166838805282392, 0.008368716966515042, 0.001381459859218528),
-    ((49.195796842669836, 42.96980345978871, 17.911745390723564, 3.95796178556309, 0.3989468355880281),
-     (98.39159317505438, 164.44477672203493, 117.8352200659538, 45.88272586019897, 9.921796691118848, 1.0)),
-    13.26,
-    (0.49999231490556556, 0.16667114650455256, 0.04189015749165247, 0.008312520329420585),
-    12,
+    (0.693359375, -2.12194440e-4), 23, 12582912.0, 127, -(1 << 31), -88.029691, 18.1,
+    (2.0000000125045614, 0.16666583462064324, -0.0027639195334174097),
+    13.0, 12,
 )  # fmt: skip
 DOUBLE = _Constants(
-    (6.93147180369123816490e-01, 1.90821492927058770002e-10),
-    52,
-    6755399441055744.0 + 1023,
-    -(1 << 63),
-    -709.08956571282405,
-    38.2,
-    (0.5000000000000006, 0.1666666666666667, 0.04166666666657239, 0.008333333333326084, 0.0013888888932751,
-     0.0001984126987500228, 2.4801504014426906e-05, 2.755725517000089e-06, 2.7626495546432196e-07,
-     2.5105312729622103e-08),
-    ((0.5, 0.7747130141438154, 0.5938135376197936, 0.28916666042841094, 0.09762496742488122, 0.023599734021299557,
-      0.004084500983056383, 0.0004897223967237555, 3.7191126839424384e-05, 1.3828979142410137e-06),
-     (1.0, 2.3473105890904864, 2.5605099536842815, 1.7136309064019941, 0.7815688939811647, 0.2547613688074918,
-      0.06037638018679486, 0.010331549970627471, 0.0012310184175635783, 9.322433009890726e-05,
-      3.466411012775339e-06)),
-    37.66,
-    None,
-    27,
+    (6.93147180369123816490e-01, 1.90821492927058770002e-10), 52, 6755399441055744.0, 1023, -(1 << 63),
+    -709.08956571282405, 38.2,
+    (2.0, 1 / 6, -1 / 360, 1 / 15120, -1 / 604800, 1 / 23950080, -691 / 653837184000),
+    37.5, 27,
 )  # fmt: skip
 LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
-SINGLE_LN2 = 0.6931471824645996  # in float32; `mills` makes up for the difference
+SINGLE_LN2 = 0.6931471824645996  # in float32
+PHI_0 = 0.3989422804014327  # the density of the standard normal at 0
+# In float32 exp(z*z/2) * (1 - Phi(z)) is MILLS_SCALE * p / q, with an error of 1.5e-8, where w = z * (z + a),
+# p = (w + b) * (w - z + c) + e and q = z * ((w + f) * (w - z + g) + h) + i: 4 multiplications in place of 8. It makes
+# up for SINGLE_LN2. BELL is exp(-r / 2) for |r| <= ln(2), with an error of 1e-7, times MILLS_SCALE.
+MILLS_SCALE = 0.3989410835745915
+MILLS = (
+    (5.195220013075018, 4.202345618155022, 14.790964035395358, 41.12663326521694),
+    (-0.0951205984299861, 20.084565763322484, 143.04016521143802, 82.40796277555964),
+)
+BELL = tuple(
+    MILLS_SCALE * c * (-0.5) ** power
+    for power, c in enumerate(
+        (1.0, 1.0, 0.49999231490556556, 0.16667114650455256, 0.04189015749165247, 0.008312520329420585)
+    )
+)
+# In float64 the coefficients of numerator and denominator, with an error of 5e-17.
+DOUBLE_MILLS = (
+    (0.5, 0.7747130141438154, 0.5938135376197936, 0.28916666042841094, 0.09762496742488122, 0.023599734021299557,
+     0.004084500983056383, 0.0004897223967237555, 3.7191126839424384e-05, 1.3828979142410137e-06),
+    (1.0, 2.3473105890904864, 2.5605099536842815, 1.7136309064019941, 0.7815688939811647, 0.2547613688074918,
+     0.06037638018679486, 0.010331549970627471, 0.0012310184175635783, 9.322433009890726e-05,
+     3.466411012775339e-06),
+)  # fmt: skip
 
 
 def _constants(x: Real) -> _Constants:
@@ -167,66 +166,77 @@ def _polynomial(x: Real, square: Real, coefficients: tuple[float, ...]) -> Real:
     pairs: list[Any] = [x * d + c for c, d in zip(coefficients[::2], coefficients[1::2], strict=False)]
     if len(coefficients) % 2:
         pairs.append(coefficients[-1])
-    total: Real = pairs.pop()
-    while pairs:
-        total = square * total + pairs.pop()
+    return _horner(square, pairs)
+
+
+def _horner(x: Real, coefficients: Sequence[Any]) -> Real:
+    total: Real = x * coefficients[-1] + coefficients[-2]
+    for coefficient in reversed(coefficients[:-2]):
+        total = x * total + coefficient
     return total
 
 
-def _reduced(x: Real) -> tuple[Real, Real]:
-    """(r, 2**k) with exp(x) = 2**k * exp(r) and |r| at most ln(2) / 2."""
-    with_ = _constants(x)
-    shifted = x * LOG2_E + with_.round
-    k = shifted - with_.round
-    r = (x - k * with_.ln2[0]) - k * with_.ln2[1]
-    return r, _power(shifted)
+def _nearest(x: Real, factor: float, exponent: int = 0) -> tuple[Real, Real]:
+    """The integer k next to x * factor, and a number with k + exponent in its last bits."""
+    shift = _constants(x).round + exponent
+    shifted = x * factor + shift
+    return shifted - shift, shifted
 
 
 def _power(shifted: Real) -> Real:
-    """2**k, from k in the last bits of a sum with `round`."""
+    """The power of two whose biased exponent is in the last bits: 0 where that is 0, infinite for the largest."""
     mantissa = _constants(shifted).mantissa
-    return shifted.bits(lambda word, of: shifted.builder.shl(word, of(mantissa)))
+    return shifted.bits(lambda of, word: shifted.builder.shl(word, of(mantissa)))
 
 
-def _exp(x: Real, low: Real | float = 0.0) -> Real:
-    """exp(x + low) for small `low` and x from `lowest`, where it is 0, to ln(2) - lowest, where it is infinite."""
-    r, power = _reduced(x)
-    r = r + low if isinstance(low, Real) else r
-    return power * _polynomial(r, r * r, (1.0, 1.0, *_constants(x).exp))
+def _scaled(x: Real, shifted: Real) -> Real:
+    """x * 2**k, by a sum of exponents: neither may be denormal, but 0 may be multiplied by 1."""
+    mantissa, build = _constants(x).mantissa, x.builder
+    return x.bits(lambda of, word, power: build.add(word, build.shl(power, of(mantissa))), shifted)
 
 
-def _bell(x: Real) -> tuple[Real, Real | float]:
-    """exp(-x * x / 2) for x from 0 to `farthest`, but for the part of it that `mills` has: as two factors, of which the
-    second, a power of two, is there first."""
+def _plus(x: Real, k: Real, parts: Sequence[float]) -> Real:
+    """x + k * (the sum of the parts), nearly exact: of two parts the first has bits to spare."""
+    for part in parts:
+        x = k.fused(part, x) if fuses_multiply_add() else x + k * part
+    return x
+
+
+def _ln2(x: Real) -> Sequence[float]:
+    """ln(2) for `_plus`, in float32 as SINGLE_LN2."""
+    if x.value.type == F64:
+        return DOUBLE.ln2
+    high = SINGLE.ln2[0]
+    return (SINGLE_LN2,) if fuses_multiply_add() else (high, SINGLE_LN2 - high)
+
+
+def _middle(r: Real, unit: float) -> Real:
+    """a with exp(r / unit) = (a + r) / (a - r), for |r| of at most unit * ln(2) / 2."""
+    return _horner(r * r, [c * unit ** (1 - 2 * power) for power, c in enumerate(_constants(r).coth)])
+
+
+def _exp_minus(x: Real) -> tuple[Real, Real]:
+    """(above, below) with exp(-x) = above / below, for x from `lowest` - ln(2), where it is infinite, to -`lowest`,
+    where it is 0."""
     with_ = _constants(x)
-    high, low = _square(x)
-    if with_.bell is None:
-        return _exp(high * -0.5, low * -0.5), 1.0
-    if not fuses_multiply_add():
-        return _exp(high * -0.5, low * -0.5 + high * (0.5 * (SINGLE_LN2 / LN2 - 1.0))), 1.0
-    shifted = high * (-0.5 * LOG2_E) + with_.round
-    k = shifted - with_.round
-    r = k.fused(2.0 * SINGLE_LN2, high) + low  # -2 times what is left of the exponent
-    coefficients = tuple(c * (-0.5) ** power for power, c in enumerate((1.0, 1.0, *with_.bell)))
-    return _polynomial(r, r * r, coefficients), _power(shifted)
+    k, shifted = _nearest(x, -LOG2_E, with_.bias)
+    r = _plus(x, k, with_.ln2)
+    a = _middle(r, 1.0)
+    return _power(shifted) * (a - r), a + r
 
 
 def _absolute(x: Real) -> Real:
     sign = _constants(x).sign
-    return x.bits(lambda word, of: x.builder.and_(word, of(~sign)))
+    return x.bits(lambda of, word: x.builder.and_(word, of(~sign)))
 
 
-def _clamped(x: Real, low: float, high: float) -> Real:
-    """x from `low` to `high`; a NaN stays one."""
-    x = x.where(">", high, high, x)
+def _at_most(x: Real, high: float) -> Real:
+    """x, or `high` where that is less; a NaN stays one."""
+    return x.where(">", high, high, x)
+
+
+def _at_least(x: Real, low: float) -> Real:
     return x.where("<", low, low, x)
-
-
-def _decay(x: Real) -> Real:
-    """exp(-abs(x))"""
-    sign, lowest = _constants(x).sign, _constants(x).lowest
-    down = x.bits(lambda word, of: x.builder.or_(word, of(sign)))
-    return _exp(down.where("<", lowest, lowest, down))
 
 
 def _square(x: Real) -> tuple[Real, Real]:
@@ -235,61 +245,69 @@ def _square(x: Real) -> tuple[Real, Real]:
         high = x * x
         return high, x.fused(x, -high)
     cleared = -(1 << _constants(x).low_bits)
-    head = x.bits(lambda word, of: x.builder.and_(word, of(cleared)))
+    head = x.bits(lambda of, word: x.builder.and_(word, of(cleared)))
     return head * head, (x + head) * (x - head)  # the first is exact: half of the bits are 0
 
 
-def _exp_minus(x: Real) -> Real:
-    """exp(-x) for any x, rounded to 0 and infinity a little early."""
-    lowest = _constants(x).lowest
-    return _exp(-_clamped(x, lowest - LN2, -lowest))
-
-
 def _sigmoid(x: Real) -> Real:
-    return 1.0 / (1.0 + _exp_minus(x))
+    lowest = _constants(x).lowest
+    above, below = _exp_minus(_at_least(_at_most(x, -lowest), lowest - LN2))
+    return below / (above + below)
 
 
 def _logistic(x: Real) -> tuple[Real, Real]:
     """The sigmoid and its derivative, neither by a difference of nearly equal numbers."""
-    e = _decay(x)
-    d = 1.0 / (1.0 + e)
-    small = e * d
-    return x.where("<", 0.0, small, d), small * d
+    above, below = _exp_minus(_at_most(_absolute(x), -_constants(x).lowest))
+    each = 1.0 / (above + below)
+    small, large = above * each, below * each
+    return x.where("<", 0.0, small, large), small * large
 
 
 def _tanh(x: Real) -> Real:
-    """By exp(2x) - 1, which keeps small x accurate."""
-    with_ = _constants(x)
-    r, power = _reduced(_clamped(x, -with_.flat / 2.0, with_.flat / 2.0) * 2.0)
-    grown = power * (r * r * _polynomial(r, r * r, with_.exp) + r) + (power - 1.0)
-    return grown / (grown + 2.0)
+    """t / (t + 1) with t = (exp(2x) - 1) / 2, of the sign of x: t is precise for small x, as 2**k - 1 is exact."""
+    with_, build = _constants(x), x.builder
+    far = _at_most(_absolute(x), with_.flat / 2.0)
+    k, shifted = _nearest(far, 2.0 * LOG2_E, with_.bias - 1)
+    r = _plus(far, k, [-0.5 * part for part in _ln2(x)])
+    a, half = _middle(r, 0.5), _power(shifted)
+    t = (half - 0.5) * a + (half + 0.5) * r
+    return (t / (t + (a - r))).bits(lambda of, word, of_x: build.or_(word, build.and_(of_x, of(with_.sign))), x)
 
 
 def _tanh_slope(x: Real) -> Real:
     return 4.0 * _logistic(x * 2.0)[1]
 
 
-def _normal_tail(x: Real) -> tuple[Real, Real, Real | float, Real]:
-    """abs(x), e, p, m: the upper tail of the standard normal there is e * p * m, to full relative accuracy, and the
-    density e * p / sqrt(2 * pi)."""
-    with_ = _constants(x)
-    far = _absolute(x)
-    far = far.where(">", with_.farthest, with_.farthest, far)
-    above, below = (_polynomial(far, far * far, part) for part in with_.mills)
-    return far, *_bell(far), above / below
+def _normal_tail(x: Real) -> tuple[Real, Real, Real, Real, float]:
+    """far, bell, k, mills, scale: the upper tail of the standard normal at far = abs(x) is bell * 2**k * mills, to full
+    relative accuracy, and the density bell * 2**k * scale; k as for `_scaled`.
+    """
+    far = _at_most(_absolute(x), _constants(x).farthest)
+    square, (high, low) = far * far, _square(far)
+    k, shifted = _nearest(square, -0.5 * LOG2_E)
+    r = _plus(high, k, [2.0 * part for part in _ln2(x)]) + low  # -2 times what is left of the exponent
+    if x.value.type == F64:
+        half = _middle(r, 2.0)
+        above, below = (_polynomial(far, square, part) for part in DOUBLE_MILLS)
+        return far, (half - r) / (half + r), shifted, above / below, PHI_0
+    (a, b, c, e), (f, g, h, i) = MILLS
+    w = far * (far + a)
+    less = w - far
+    quotient = ((w + b) * (less + c) + e) / (far * ((w + f) * (less + g) + h) + i)
+    return far, _polynomial(r, r * r, BELL), shifted, quotient, PHI_0 / MILLS_SCALE
 
 
 def _gelu(z: Real) -> Real:
     """max(z, 0) - abs(z) * tail"""
-    far, bell, power, mills = _normal_tail(z)
-    return z.where("<", 0.0, 0.0, z) - bell * (power * far) * mills
+    far, bell, shifted, mills, _ = _normal_tail(z)
+    return z.where("<", 0.0, 0.0, z) - bell * _scaled(far, shifted) * mills
 
 
 def _gelu_slope(z: Real) -> Real:
-    _, bell, power, mills = _normal_tail(z)
-    bell = bell * power
-    tail = bell * mills
-    return _product_slope(z, z.where("<", 0.0, tail, 1.0 - tail), bell * 0.3989422804014327)
+    far, bell, shifted, mills, scale = _normal_tail(z)
+    bell = _scaled(bell, shifted)
+    small = bell * mills - far * (bell * scale)
+    return z.where("<", 0.0, small, 1.0 - small)
 
 
 def _gelu_tanh_inner(z: Real) -> tuple[Real, Real]:
@@ -314,9 +332,9 @@ def _gelu_tanh_slope(z: Real) -> Real:
 FUNCTIONS: dict[str, tuple[Callable[[Real], Real], Callable[[Real], Real]]] = {
     "relu": (lambda z: z.where("<=", 0.0, 0.0, z), lambda z: z.where(">", 0.0, 1.0, 0.0)),
     "leaky_relu": (lambda z: z.where("<=", 0.0, z * LEAK, z), lambda z: z.where(">", 0.0, 1.0, LEAK)),
-    "silu": (lambda z: z / (1.0 + _exp_minus(z)), lambda z: _product_slope(z, *_logistic(z))),
+    "silu": (lambda z: z * _sigmoid(z), lambda z: _product_slope(z, *_logistic(z))),
     "gelu": (_gelu, _gelu_slope),
-    "gelu_tanh": (lambda z: z / (1.0 + _exp_minus(_gelu_tanh_inner(z)[0])), _gelu_tanh_slope),
+    "gelu_tanh": (lambda z: z * _sigmoid(_gelu_tanh_inner(z)[0]), _gelu_tanh_slope),
     "sigmoid": (_sigmoid, lambda z: _logistic(z)[1]),
     "tanh": (_tanh, _tanh_slope),
 }
