@@ -1,6 +1,7 @@
 """Calls that are made again and again: checked once, and then found by what their checks depend on.
 
-Remembered is a call of a norm with nothing but arrays of NumPy's to it: x, weight, bias, running statistics and out.
+Remembered is a call of a norm with nothing to it but arrays of NumPy's, or of a library's on a device: x, weight, bias,
+running statistics and out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm import dispatch, engine
+from nbnorm import arrays, dispatch, engine
 from nbnorm.backend import Backend, Epilogue, may_write
+from nbnorm.devices import DeviceArray, on_host
 from nbnorm.engine import Call, Operand
 from nbnorm.layout import Plan
 
@@ -28,8 +30,8 @@ Place = int | str | None  # of an argument: its position, its keyword, or not gi
 class Remembered:
     """How to run a call again, and where its arrays stand among the arguments."""
 
-    def __init__(self, again: Again, places: tuple[Place, ...]) -> None:
-        self._again = again
+    def __init__(self, again: Again, places: tuple[Place, ...], may_write: Callable[..., bool]) -> None:
+        self._again, self._may_write = again, may_write
         self._x, self._weight, self._bias, self._out = places
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,20 +39,22 @@ class Remembered:
         x = _given(self._x, args, kwargs)
         weight, bias = _given(self._weight, args, kwargs), _given(self._bias, args, kwargs)
         out = _given(self._out, args, kwargs)
-        return self._again(x, weight, bias, out) if out is None or may_write(out, x, weight, bias) else None
+        return self._again(x, weight, bias, out) if out is None or self._may_write(out, x, weight, bias) else None
 
 
 class RememberedWithStatistics(Remembered):
     """The same of a call with running statistics."""
 
-    def __init__(self, again: Again, places: tuple[Place, ...], mean: Place, var: Place) -> None:
-        super().__init__(again, places)
+    def __init__(
+        self, again: Again, places: tuple[Place, ...], may_write: Callable[..., bool], mean: Place, var: Place
+    ) -> None:
+        super().__init__(again, places, may_write)
         self._mean, self._var = mean, var
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = self._x, self._weight, self._bias, self._mean, self._var, self._out
         *inputs, out = (_given(place, args, kwargs) for place in places)
-        return self._again(*inputs, out) if out is None or may_write(out, *inputs) else None
+        return self._again(*inputs, out) if out is None or self._may_write(out, *inputs) else None
 
 
 def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +64,7 @@ def _given(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that the checks of a call, and the choice of its backend, depend on: of arrays of NumPy's not the content.
+    """All that the checks of a call, and the choice of its backend, depend on: of arrays not the content.
 
     None where that is more than can be seen: an argument that may change without becoming another, such as a list, or
     an array of no axes that stands for a number.
@@ -78,7 +82,14 @@ def key_of(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
             if not CONSTANT.issuperset(map(type, arg)):
                 return None
             key += tuple, arg, *map(type, arg)  # (3,) == (3.0,)
-        elif kind in CONSTANT or isinstance(arg, Backend):
+        elif kind in CONSTANT:
+            key += kind, arg
+        elif (adapter := arrays.by_type.get(kind)) is not None:
+            seen = adapter.key(arg)
+            if seen is None:
+                return None
+            key += kind, seen
+        elif isinstance(arg, Backend):
             key += kind, arg
         else:
             return None
@@ -105,15 +116,16 @@ def remember(
     # x is called weight in weight_standardization, which has no parameters
     others = (place(name) if getattr(call, name) is not None else None for name in ("weight", "bias", "out"))
     places = place(names[0]), *others
+    check = may_write if on_host(call.x.view) else _checked_behind
     found: Remembered | None = None
     if _statistics(call) is not None:
         again = repeated_with_statistics(call)
         if again is not None:
-            found = RememberedWithStatistics(again, places, *map(place, STATISTICS))
+            found = RememberedWithStatistics(again, places, check, *map(place, STATISTICS))
     else:
         again = repeated(call)
         if again is not None:
-            found = Remembered(again, places)
+            found = Remembered(again, places, check)
     if found is None:
         return
     if len(calls) >= MOST:
@@ -130,7 +142,7 @@ def repeated(call: Call, *, bound: bool = False) -> Again | None:
     placed, backend, epilogue = ready
     weight, bias = _params(call, placed.plan)
     keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape, "bound": bound}
-    return backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys)
+    return _of_library(call, backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys))
 
 
 def repeated_with_statistics(call: Call) -> Again | None:
@@ -145,7 +157,7 @@ def repeated_with_statistics(call: Call) -> Again | None:
     placed, backend, epilogue = ready
     mean, var = (stat.view for stat in statistics)
     momentum = None if call.running is None else call.running.momentum
-    return backend.repeated_with_statistics(
+    again = backend.repeated_with_statistics(
         placed.five_axes(),
         *_params(call, placed.plan),
         (mean, var),
@@ -154,18 +166,24 @@ def repeated_with_statistics(call: Call) -> Again | None:
         epilogue=epilogue,
         shape=call.x.view.shape,
     )
+    return _of_library(call, again)
 
 
 def bound(call: Call) -> Again | None:
     """A function (x, out) that does what the call does, for weight, bias and statistics as they will be, or returns
     None and has done nothing; None where there is more to the call than these."""
     statistics = _statistics(call)
-    if statistics is None:
+    host = on_host(call.x.view)
+    if statistics is None and host:
         return repeated(call, bound=True)
-    again = repeated_with_statistics(call)
+    again = repeated(call) if statistics is None else repeated_with_statistics(call)
     if again is None:
         return None
-    given = [None if operand is None else operand.view for operand in (call.weight, call.bias, *statistics)]
+    operands = call.weight, call.bias, *(statistics or ())
+    if not host:
+        kept = [None if operand is None else operand.view.owner for operand in operands]
+        return lambda x, out: again(x, *kept, out)
+    given = [None if operand is None else operand.view for operand in operands]
 
     def bound_again(x: NDArray[Any], out: NDArray[Any] | None) -> Any:
         fits = out is None or (out.flags.aligned and may_write(out, x, *given))
@@ -188,15 +206,54 @@ def _params(call: Call, plan: Plan) -> tuple[NDArray[Any] | None, NDArray[Any] |
 
 
 def _ready(call: Call, operands: tuple[Operand | None, ...]) -> tuple[engine.Placed, Backend, Epilogue] | None:
-    """What runs a call of nothing but these operands, NumPy arrays that lie as kernels want them; None for others."""
+    """What runs a call of nothing but these operands, arrays that lie as kernels want them; None for others."""
     more = call.mask, call.residual, call.addend, call.renorm, call.dropout, call.dropped
     if any(part is not None for part in more) or call.return_moments or call.weight_offset or not call.x.view.size:
         return None
-    for operand in operands:
-        if operand is not None and (type(operand.given) is not np.ndarray or not engine.plain(operand.view)):
-            return None
     placed = engine.place(call)
-    if placed.copied or placed.plan.order != tuple(range(len(placed.plan.order))):
+    if placed.copied or not all(operand is None or _lies_well(operand, call, placed.plan) for operand in operands):
         return None
     decision = dispatch.decide(engine.request(call, placed.plan), call.backend)
     return placed, dispatch.backend_of(decision, call.backend), Epilogue(call.activation, call.order)
+
+
+def _lies_well(operand: Operand, call: Call, plan: Plan) -> bool:
+    """Whether an array that was given is seen by kernels as it lies: one of NumPy's in C order, one on a device, if it is
+    of x's shape, in the plan's."""
+    view = operand.view
+    if on_host(view):
+        plain = engine.plain(view) and plan.order == tuple(range(len(plan.order)))
+        return plain and type(operand.given) is np.ndarray
+    if operand.adapter.key(operand.given) is None or plan.param_order != tuple(range(len(plan.param_order))):
+        return False
+    of_x = operand is call.x or operand is call.out
+    return engine.view_like(view, call.axes, plan, copy=False) is not None if of_x else engine.plain(view)
+
+
+def _of_library(call: Call, run: Again | None) -> Again | None:
+    """Of what a backend repeats on addresses a function of a library's arrays; of another, that one itself."""
+    x = call.x.view
+    if run is None or not isinstance(x, DeviceArray):
+        return run
+    address, like, note = x.library.address, x.library.like, call.x.adapter.written
+    moves = call.running is not None
+
+    def again(x: Any, *inputs: Any) -> Any:
+        *inputs, out = inputs
+        y = like(x) if out is None else out
+        given = [None if array is None else address(array) for array in inputs]
+        if not run(address(x), *given, address(y), own=out is None):
+            return None
+        if out is not None:
+            note(out)
+        if moves:
+            note(inputs[2])
+            note(inputs[3])
+        return y
+
+    return again
+
+
+def _checked_behind(*_: Any) -> bool:
+    """Of arrays on a device the backend looks at the addresses, which it needs in any case."""
+    return True
