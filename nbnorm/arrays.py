@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.devices import DeviceArray, Library, allocates
+from nbnorm.devices import DeviceArray, Library, allocates, no_memory
 
 Array = Any  # an array of any supported kind
 HALF = ("float16", "bfloat16")
@@ -207,12 +208,14 @@ class TorchMemory(Library):
         raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Triton asks: it makes no object of a stream
         return int(torch.cuda.current_stream(self.device).cuda_stream if raw is None else raw(self.ordinal))
 
-    def address(self, array: Array) -> int:
-        return array.data_ptr()  # type: ignore[no-any-return]
+    # Asked of each array of a call, and in half of the time of a method.
+    address = staticmethod(methodcaller("data_ptr"))  # type: ignore[assignment]
 
-    @allocates
     def like(self, array: Array) -> Array:
-        return sys.modules["torch"].empty_like(array)
+        try:  # `allocates` takes half as long as torch
+            return sys.modules["torch"].empty_like(array)
+        except Exception as error:
+            raise no_memory(self.device, error) from error
 
     @allocates
     def block(self, size: int, *, zero: bool = False) -> tuple[Any, int]:

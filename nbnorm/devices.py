@@ -6,16 +6,14 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import EllipsisType, SimpleNamespace
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nbnorm.errors import BackendError
 
-P = ParamSpec("P")
-T = TypeVar("T", bound="Memory")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Memory(ABC):
@@ -40,21 +38,24 @@ class Memory(ABC):
         """A copy in host memory, for which the host waits."""
 
 
-def allocates(method: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
+def allocates(method: F) -> F:
     """Of a method of `Memory`: whatever an allocator raises, as one error that names the device."""
 
     @functools.wraps(method)
-    def checked(self: T, *args: P.args, **kwargs: P.kwargs) -> R:
+    def checked(self: Memory, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except BackendError:
             raise
         except Exception as error:
-            raise BackendError(
-                f"{self.device} gave no memory: {error}. Free memory there, or pass fewer samples at a time"
-            ) from error
+            raise no_memory(self.device, error) from error
 
-    return checked
+    return cast(F, checked)
+
+
+def no_memory(device: str, error: Exception) -> BackendError:
+    """The error of an allocator that gave nothing."""
+    return BackendError(f"{device} gave no memory: {error}. Free memory there, or pass fewer samples at a time")
 
 
 class Library(Memory):

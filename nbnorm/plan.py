@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-
 from nbnorm.arguments import check_apart, check_out_of, check_writable
 from nbnorm.engine import Call, check_like
 from nbnorm.operation import prepared

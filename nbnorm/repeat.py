@@ -218,8 +218,7 @@ def _ready(call: Call, operands: tuple[Operand | None, ...]) -> tuple[engine.Pla
 
 
 def _lies_well(operand: Operand, call: Call, plan: Plan) -> bool:
-    """Whether an array that was given is seen by kernels as it lies: one of NumPy's in C order, one on a device, if it is
-    of x's shape, in the plan's."""
+    """Whether kernels see an array that was given as it lies: one of NumPy's in C order, on a device in the plan's."""
     view = operand.view
     if on_host(view):
         plain = engine.plain(view) and plan.order == tuple(range(len(plan.order)))

@@ -388,7 +388,9 @@ def test_later_calls_are_not_checked_and_give_the_same_bits(
 
     def drawn(seed: int) -> Tensor:
         array = normal(*lengths, seed=seed)
-        found = machine.tensor(np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if last else array)
+        found = machine.tensor(
+            np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if last else array
+        )
         assert found is not None
         return found
 

@@ -442,7 +442,7 @@ def test_running_statistics_cuda() -> None:
 def test_running_statistics_of_valid_elements_cuda() -> None:
     """One channel full, one with a single element, one with none."""
     found = {"mean_high": np.array([1, 2, 0], np.float32), "m2": np.array([6, 0, 0], np.float32)}
-    found["valid"] = np.array([4, 1, 0], np.int32)
+    found["valid"] = np.array([4, 1, 0], np.int64)
     mean, var = committed(found, ([0.5] * 3, [2.0] * 3), 1, 3, 4, masked=True)
     np.testing.assert_allclose(mean, [0.55, 0.65, 0.5], rtol=1e-6)
     np.testing.assert_allclose(var, [2.0, 2.0, 2.0], rtol=1e-6)

@@ -27,8 +27,8 @@ def repeated(
     names: tuple[str, ...],
     sizes: Mapping[str, int],
 ) -> Callable[..., bool]:
-    """A function of addresses, None for what is not there, that runs a plan; False, and nothing done, where an array that
-    is written is not apart from the others. y may be x; with `own` nobody else has its memory.
+    """A function of addresses, None for what is not there, that runs a plan; False, and nothing done, where an array
+    that is written is not apart from the others. y may be x; with `own` nobody else has its memory.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def repeated(
 
 def _blocks(buffers: Mapping[str, Buffer], kind: str) -> list[Block]:
     """Buffers one behind another, in one block, and those that must be zero in another."""
-    itemsizes = {"element": ITEM_SIZES[kind], "real": ITEM_SIZES[real_kind(kind)], "int32": 4}
+    itemsizes = {"element": ITEM_SIZES[kind], "real": ITEM_SIZES[real_kind(kind)], "int32": 4, "int64": 8}
 
     def block(chosen: Iterable[tuple[str, Buffer]], zero: bool) -> Block:
         places, size = [], 0

@@ -188,7 +188,7 @@ class CudaBackend(Backend):
         sizes = {name: array.nbytes for name, array in zip(names, arrays, strict=True) if array is not None}
 
         def plan_of(aligned: bool) -> Plan:
-            plan = forward_of(replace(norm, aligned=aligned))
+            plan = forward_of(replace(norm, aligned=aligned, bare=not moves))
             if momentum is None:
                 return plan
             n, _, g, _, _ = norm.layout
@@ -327,7 +327,7 @@ class Run:
     def norm_of(self, saved: Saved, dy: View, addend: View | None = None) -> Norm:
         """What the gradient is asked of."""
         if saved.valid is not None:
-            self.put("valid", saved.valid, np.int32)
+            self.put("valid", saved.valid, np.int64)
         weight = saved.weight
         if weight is None and saved.bias is None and saved.param_shape is not None:
             weight = np.ones(saved.param_shape, saved.x.dtype)  # kernels sum for weights that there are
@@ -356,7 +356,7 @@ class Run:
         start = self.device.bind(plan.launches)
         found: dict[str, DeviceArray | None] = dict(self._inputs)
         x = self._inputs.get("x")
-        dtypes = {"element": None if x is None else x.dtype, "int32": np.int32}
+        dtypes = {"element": None if x is None else x.dtype, "int32": np.int32, "int64": np.int64}
         for name, buffer in plan.buffers.items():
             if name not in found:
                 dtype = dtypes.get(buffer.type) or plan.launches[0].variant.real

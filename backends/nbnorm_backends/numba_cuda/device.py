@@ -193,7 +193,9 @@ def _config(grid: int, block: int) -> Any:
     return import_module("cuda.core").LaunchConfig(grid=grid, block=block)
 
 
-def arguments(variant: Variant, names: tuple[str, ...], args: dict[str, Any]) -> tuple[list[Any], list[tuple[int, str]]]:
+def arguments(
+    variant: Variant, names: tuple[str, ...], args: dict[str, Any]
+) -> tuple[list[Any], list[tuple[int, str]]]:
     """In the order of the kernel's signature, and of its types, as cuda.core tells them: addresses and int64 from
     Python's integers, int32 and real numbers from NumPy's. Addresses are 0, and it is said which is to be whose."""
     real = np.float64 if variant.kind == "float64" else np.float32
@@ -212,8 +214,8 @@ def _failed(device: str, launches: tuple[Launch, ...], started: int, error: Exce
     if started or failed.family == "commit":
         written = "The results, and `out`, are not to be used; running statistics are as they were"
     return (
-        f"{device}: the kernel {failed.name} could not be started: {error}. {written}. If an earlier kernel failed, the "
-        "process must be started again"
+        f"{device}: the kernel {failed.name} could not be started: {error}. {written}. If an earlier kernel failed, "
+        "the process must be started again"
     )
 
 

@@ -28,6 +28,7 @@ FIXED = 512  # the statistics were given: no gradient flows through them
 VARIANCE = 1024  # `rstd` holds variances, to which eps is to be added
 REVERSE = 4096
 ALONG = 2048  # a statistic for each row and a weight for each column, as layer norm has them
+BARE = 8192  # row kernels: nobody asks for the statistics
 
 CODES = {None: 0} | {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 RELU, LEAKY, SILU, GELU, GELU_TANH, SIGMOID, TANH = (CODES[name] for name in ACTIVATIONS)

@@ -220,7 +220,8 @@ POINTERS = {
     **dict.fromkeys(("weight_wide", "bias_wide", "mean_high", "mean_low", "rstd", "m2"), "real"),
     **dict.fromkeys(("part_weight", "part_bias", "part_high", "part_low", "part_m2"), "real"),
     **dict.fromkeys(("k1", "k2", "dweight", "dbias", "running_mean", "running_var"), "real"),
-    **dict.fromkeys(("valid", "part_n", "counters"), "int32"),
+    **dict.fromkeys(("part_n", "counters"), "int32"),
+    "valid": "int64",
     "mask": "uint8",
 }
 REALS = ("eps", "momentum")

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbnorm_backends.numba_cuda.functions import (
     ADDEND,
+    BARE,
     BIAS,
     CENTER,
     FIXED,
@@ -208,7 +209,7 @@ def make_row_forward(cuda, P, vector, threads, elements, block):
                         row, lane, high, low, scale, total if flags & TOTAL else x, residual, weight, bias,
                         weight_wide, bias_wide, x, y, vectors, groups, channels, inner, 0, 0, 0, 0, flags, 0, after,
                     )  # fmt: skip
-                if lane == 0:
+                if lane == 0 and not flags & BARE:
                     mean_high[row], mean_low[row] = two_sum(high, low)
                     rstd[row] = scale
                     m2[row] = squares
@@ -278,7 +279,8 @@ def make_long_row_forward(cuda, P, vector, threads, elements, block):
             turn = 1 - turn
             high, low = two_sum(high, low)
             if here:
-                scale = settle(row, n, high, low, squares, mean_high, mean_low, rstd, m2, valid, eps, lane == 0)
+                writes = lane == 0 and not flags & BARE
+                scale = settle(row, n, high, low, squares, mean_high, mean_low, rstd, m2, valid, eps, writes)
                 finish(
                     row, lane, high, low, scale, total if flags & TOTAL else x, residual, weight, bias,
                     weight_wide, bias_wide, mask, y, vectors, groups, channels, inner, mask_n, mask_g, mask_c, mask_s,

@@ -53,7 +53,7 @@ class Block:
 
 class SimulatedMemory(HostMemory, Library):
     """Of a simulated device; as an array library, whose arrays are `DeviceArray`, it computes with NumPy. New arrays
-    begin `shift` bytes behind a multiple of 256."""
+    begin `shift` bytes, or as many whole elements, behind a multiple of 256."""
 
     current = 7  # the stream
 
@@ -81,25 +81,30 @@ class SimulatedMemory(HostMemory, Library):
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         dtype = np.dtype(dtype)
-        block, pointer = self.block(math.prod(shape) * dtype.itemsize + self.shift, zero=zero)
-        return DeviceArray.of(self, block, pointer + self.shift, shape, None, dtype)
+        shift = self.shift // dtype.itemsize * dtype.itemsize
+        block, pointer = self.block(math.prod(shape) * dtype.itemsize + shift, zero=zero)
+        return DeviceArray.of(self, block, pointer + shift, shape, None, dtype)
 
     def at(self, pointer: int, dtype: np.dtype[Any], others: Iterable[int]) -> DeviceArray:
         """The array at an address, which goes on until the next of the others, or until the end of its block."""
-        block = next((each for each in self._blocks.values() if each.pointer <= pointer < each.pointer + each.size), None)
+        block = next(
+            (each for each in self._blocks.values() if each.pointer <= pointer < each.pointer + each.size), None
+        )
         if block is None:
             begin, size = next(item for item in reversed(LENT.items()) if 0 <= pointer - item[0] < max(item[1], 1))
             past = begin % VECTOR_BYTES  # the simulator counts from where an array begins
             block = Block(begin - past, past + size)
             lies = (ctypes.c_char * block.size).from_address(block.pointer)
-            block.fill(np.frombuffer(lies, np.uint8))
+            block.fill(np.frombuffer(memoryview(lies).cast("B"), np.uint8))
         end = min((each for each in others if each > pointer), default=block.pointer + block.size)
         size = (min(end, block.pointer + block.size) - pointer) // dtype.itemsize
         return DeviceArray.of(self, block, pointer, (size,), None, dtype)
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         made = self.empty(array.shape, array.dtype)
-        made.owner.fill(np.concatenate((np.zeros(self.shift, np.uint8), array.reshape(-1).view(np.uint8))))
+        made.owner.fill(
+            np.concatenate((np.zeros(made.owner.size - array.nbytes, np.uint8), array.reshape(-1).view(np.uint8)))
+        )
         return made
 
     def host(self, array: DeviceArray) -> NDArray[Any]:
@@ -152,9 +157,7 @@ class SimulatedDevice:
 
         return start
 
-    def _start(
-        self, launch: Launch, factory: Any, names: tuple[str, ...], stream: int, at: Mapping[str, int]
-    ) -> None:
+    def _start(self, launch: Launch, factory: Any, names: tuple[str, ...], stream: int, at: Mapping[str, int]) -> None:
         variant, grid, block = launch.variant, launch.grid, launch.block
         assert set(names) == set(launch.args), (variant.name, set(names) ^ set(launch.args))
         assert 0 < grid <= GRID, (variant.name, grid)
