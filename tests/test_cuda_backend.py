@@ -701,8 +701,37 @@ def test_what_is_missing_is_said(
 ) -> None:
     monkeypatch.setattr(device, "_is_there", lambda module: module not in missing)
     monkeypatch.setattr(device, "import_module", lambda name: versioned(version))
+    monkeypatch.setattr(device, "_release", lambda package: None)
     found = device.problem.__wrapped__()
     assert found is None if message is None else str(found).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "linker", "refused"),
+    [
+        ("13.5.40", "13.0.88", True),
+        ("13.0.88", "13.0.39", False),
+        ("13.0.88", "13.5.40", False),
+        (None, "13.0.88", False),
+    ],
+)
+def test_a_compiler_newer_than_the_linker_is_said(
+    monkeypatch: pytest.MonkeyPatch, compiler: str | None, linker: str, refused: bool
+) -> None:
+    def version(package: str) -> str:
+        found = {"nvidia-nvvm": compiler, "nvidia-nvjitlink": linker}[package]
+        if found is None:
+            raise device.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(device, "_is_there", lambda module: True)
+    monkeypatch.setattr(device, "import_module", lambda name: versioned(13000))
+    monkeypatch.setattr(device, "version", version)
+    message = (
+        "nvidia-nvvm 13.5 is newer than nvidia-nvjitlink 13.0, which refuses what it makes: "
+        'pip install "cuda-toolkit==13.0.*"'
+    )
+    assert device.problem.__wrapped__() == (message if refused else None)
 
 
 def test_a_forked_child_is_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from nbnorm_backends.numba_cuda.launch import FLAGS, POINTERS, REALS, Variant
 from nbnorm_backends.numba_cuda.plans import Launch
 
 NEEDED = {"numba_cuda": "numba-cuda", "cuda.core": "cuda-core"}  # modules, and the packages that bring them
+COMPILER, LINKER = "nvidia-nvvm", "nvidia-nvjitlink"
 INSTALL = 'pip install "nbnorm[cuda]"'
 DRIVER = 13000  # CUDA 13.0: older drivers do not load what its linker made
 DRIVER_NAME = "the NVIDIA driver 580 or later"
@@ -64,13 +66,20 @@ def problem() -> str | None:
     missing = [package for module, package in NEEDED.items() if not _is_there(module)]
     if missing:
         return f"{' and '.join(missing)} not installed: {INSTALL}"
+    compiler, linker = _release(COMPILER), _release(LINKER)
+    if compiler is not None and linker is not None and compiler > linker:
+        newer, older = ("{}.{}".format(*each) for each in (compiler, linker))
+        return (
+            f"{COMPILER} {newer} is newer than {LINKER} {older}, which refuses what it makes: "
+            f'pip install "cuda-toolkit=={older}.*"'
+        )
     driver = import_module("cuda.bindings.driver")
     try:
-        error, version = driver.cuDriverGetVersion()
+        error, found = driver.cuDriverGetVersion()
     except RuntimeError:  # there is no library of the driver
         return f"no NVIDIA driver was found: install {DRIVER_NAME}"
-    if not error and version < DRIVER:
-        return f"the driver is for CUDA {_dotted(version)}, too old by {_dotted(DRIVER)}: install {DRIVER_NAME}"
+    if not error and found < DRIVER:
+        return f"the driver is for CUDA {_dotted(found)}, too old by {_dotted(DRIVER)}: install {DRIVER_NAME}"
     return None
 
 
@@ -88,6 +97,15 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
+
+
+def _release(package: str) -> tuple[int, int] | None:
+    """(major, minor); None where it came otherwise than by pip, and its version is not known."""
+    try:
+        major, minor = version(package).split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
 
 
 def _dotted(version: int) -> str:
@@ -178,7 +196,7 @@ class CudaDevice:
             except Exception as error:
                 raise BackendError(
                     f"{self.name}: the kernel {variant.name} could not be compiled or loaded: {error}. {INSTALL} "
-                    "brings a compiler and a linker, of which the compiler must not be newer"
+                    "brings what compiles and links"
                 ) from error
             found = self._loaded[variant] = kernel, made.names
         return found
