@@ -1012,6 +1012,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 SUMS = launch.Variant("sum_columns", "float32", vector=False)
+COMMIT = launch.Variant("commit", "float32", vector=False)
 ADDRESSES = {"part_weight": 1 << 60, "part_bias": 2 << 60, "dweight": 3 << 60}
 
 
@@ -1072,6 +1073,46 @@ def test_errors_name_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch)
         nbnorm.BackendError, match="cuda:2: CUDA_ERROR_NO_DEVICE: no GPU is visible; look at nvidia-smi"
     ):
         device.CudaDevice(2)
+
+
+def test_a_device_that_cannot_be_opened_is_an_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CUDAError(Exception):  # cuda.core's is no RuntimeError
+        pass
+
+    def create_stream() -> Any:
+        raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    opened = SimpleNamespace(**vars(driver.Device(0)) | {"create_stream": create_stream})
+    monkeypatch.setattr(driver, "Device", lambda ordinal: opened)
+    message = r"NVIDIA H100 \(cuda:0\) could not be opened: CUDA_ERROR_OUT_OF_MEMORY: out of memory; look at nvidia-smi"
+    with pytest.raises(nbnorm.BackendError, match=message):
+        device.CudaDevice(0)
+    assert driver.contexts == [99]
+
+
+def test_what_was_written_is_said(driver: Driver) -> None:
+    opened = device.CudaDevice(0)
+    args = {name: name for name in ADDRESSES} | {"dbias": None, "parts": 8, "length": 8}
+    first = plans.Launch(SUMS, 3, 256, args)
+    launches = []
+
+    def launch(*values: Any) -> None:
+        launches.append(values)
+        if len(launches) == 2:
+            raise RuntimeError("no")
+
+    driver.launch = launch  # type: ignore[method-assign]
+    with pytest.raises(
+        nbnorm.BackendError, match="The results, and `out`, are not to be used"
+    ):
+        opened.bind((first, first))(0, ADDRESSES)
+    launches[:] = [()]
+    with pytest.raises(nbnorm.BackendError, match="Nothing was written"):
+        opened.bind((first,))(0, ADDRESSES)
+    launches[:] = [()]
+    commit = plans.Launch(COMMIT, 3, 256, args)
+    with pytest.raises(nbnorm.BackendError, match="running statistics are as they were"):
+        opened.bind((commit,))(0, ADDRESSES)
 
 
 def test_an_old_device_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

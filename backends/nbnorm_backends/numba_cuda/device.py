@@ -137,14 +137,19 @@ class CudaDevice:
         check(self._driver.cuInit(0), self.name)
         handle = check(self._driver.cuDeviceGet(ordinal), self.name)
         self._context = check(self._driver.cuDevicePrimaryCtxRetain(handle), self.name)
-        with self.current() as device:
-            self.name = f"{device.name} (cuda:{ordinal})"
-            major, minor = device.compute_capability
-            self.multiprocessors = int(device.properties.multiprocessor_count)
-        self.capability = 10 * int(major) + int(minor)
-        if self.capability < CAPABILITY:
-            raise BackendError(f"{self.name} has compute capability {major}.{minor}; its kernels need 8.0 or later")
-        self.memory: HostMemory = CudaMemory(self)
+        try:
+            with self.current() as device:
+                self.name = f"{device.name} (cuda:{ordinal})"
+                major, minor = device.compute_capability
+                self.multiprocessors = int(device.properties.multiprocessor_count)
+            self.capability = 10 * int(major) + int(minor)
+            if self.capability < CAPABILITY:
+                raise BackendError(f"{self.name} has compute capability {major}.{minor}; its kernels need 8.0 or later")
+            self.memory: HostMemory = CudaMemory(self)
+        except BackendError:
+            raise
+        except Exception as error:  # cuda.core's CUDAError
+            raise BackendError(f"{self.name} could not be opened: {error}; look at nvidia-smi") from error
         self._loaded: dict[Variant, tuple[Any, tuple[str, ...]]] = {}
 
     @contextmanager
