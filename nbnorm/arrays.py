@@ -9,7 +9,7 @@ a program that has it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from operator import methodcaller
@@ -228,6 +228,11 @@ class TorchMemory(Library):
         torch = sys.modules["torch"]
         make, dtype = torch.zeros if zero else torch.empty, np.dtype(dtype)
         return self._made(make(shape, dtype=getattr(torch, dtype.name), device=self.place), dtype)
+
+    def used(self, arrays: Iterable[DeviceArray]) -> None:
+        stream = sys.modules["torch"].cuda.current_stream(self.device)
+        for array in arrays:
+            array.owner.record_stream(stream)  # nothing, where it is that of the tensor
 
     def native(self, array: DeviceArray) -> Any:
         tensor, size = array.owner, array.itemsize

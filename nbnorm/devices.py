@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType, SimpleNamespace
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -72,6 +72,10 @@ class Library(Memory):
     @abstractmethod
     def block(self, size: int, *, zero: bool = False) -> tuple[Any, int]:
         """So many bytes, as long as somebody holds the first of what is returned, and their address."""
+
+    def used(self, arrays: Iterable[DeviceArray]) -> None:
+        """Tell the library that these are read on the stream that is current now, which may be another than that on
+        which they were made: their memory is not given away before. Nothing, where a library has no means for it."""
 
     @abstractmethod
     def native(self, array: DeviceArray) -> Any:

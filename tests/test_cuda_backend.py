@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -512,6 +513,11 @@ def test_arrays_off_sixteen_bytes_go_to_scalar_kernels(machine: Machine) -> None
     assert "row_forward_float32_vector_8x16" in names(machine)
 
 
+def test_a_stream_is_no_argument(machine: Machine) -> None:
+    with pytest.raises(TypeError, match="stream"):
+        nbnorm.layer_norm(machine.tensor(normal(4, 8)), 8, stream=7)  # type: ignore[call-arg]
+
+
 def test_kernels_go_to_the_stream_that_is_current(machine: Machine) -> None:
     x, mean, var = (machine.tensor(array) for array in (normal(4, 8), np.zeros(8, np.float32), np.ones(8, np.float32)))
     machine.devices[0].memory.current = 0x7F00
@@ -762,6 +768,9 @@ class HostTorch(arrays.TorchMemory):
     def stream(self) -> int:
         return 0
 
+    def used(self, arrays: Any) -> None:
+        self.recorded = [array.owner.data_ptr() for array in arrays]
+
     def address(self, array: Any) -> int:
         return lent(array.data_ptr(), array.untyped_storage().nbytes() - array.storage_offset() * array.element_size())
 
@@ -846,6 +855,16 @@ def test_masks_and_sums_of_torch(torch: Any) -> None:
     offset = nbnorm.rms_norm(x, 24, weight, weight_offset=1.0)
     wanted = torch.nn.functional.rms_norm(x.float(), (24,), 1 + weight.float())
     torch.testing.assert_close(offset.float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_torch_is_told_what_a_pullback_reads(torch: Any) -> None:
+    x, dy, weight = (drawn(torch, *shape, dtype="float32") for shape in ((5, 24), (5, 24), (24,)))
+    _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 24, weight)
+    HostTensors.memory.recorded = []
+    pullback(dy)
+    recorded = HostTensors.memory.recorded
+    assert {x.data_ptr(), weight.data_ptr(), dy.data_ptr()} < set(recorded)
+    assert len(set(recorded)) == 3 + 3  # and the mean, in two parts, and rstd
 
 
 def test_torch_notices_what_was_written(torch: Any) -> None:
@@ -1102,9 +1121,7 @@ def test_what_was_written_is_said(driver: Driver) -> None:
             raise RuntimeError("no")
 
     driver.launch = launch  # type: ignore[method-assign]
-    with pytest.raises(
-        nbnorm.BackendError, match="The results, and `out`, are not to be used"
-    ):
+    with pytest.raises(nbnorm.BackendError, match="The results, and `out`, are not to be used"):
         opened.bind((first, first))(0, ADDRESSES)
     launches[:] = [()]
     with pytest.raises(nbnorm.BackendError, match="Nothing was written"):
@@ -1113,6 +1130,21 @@ def test_what_was_written_is_said(driver: Driver) -> None:
     commit = plans.Launch(COMMIT, 3, 256, args)
     with pytest.raises(nbnorm.BackendError, match="running statistics are as they were"):
         opened.bind((commit,))(0, ADDRESSES)
+
+
+def test_what_is_copied_to_a_device_lives_until_that_is_done(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = SimpleNamespace(handle=4096)
+    opened = SimpleNamespace(**vars(driver.Device(0)) | {"allocate": lambda size, stream: buffer})
+    monkeypatch.setattr(driver, "Device", lambda ordinal: opened)
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *_: (0,), raising=False)
+    memory = device.CudaDevice(0).memory
+    array = np.ones(8, np.float32)
+    alive = weakref.ref(array)
+    target = memory.upload(array)
+    del array
+    assert alive() is not None
+    del target
+    assert alive() is None
 
 
 def test_an_old_device_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

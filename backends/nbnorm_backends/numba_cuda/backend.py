@@ -333,7 +333,10 @@ class Run:
             weight = np.ones(saved.param_shape, saved.x.dtype)  # kernels sum for weights that there are
         keys: dict[str, Any] = {"stats": (saved.mean, saved.rstd), "fixed": saved.fixed, "mask": saved.mask}
         keys |= {"epilogue": saved.epilogue, "dy": dy, "addend": addend}
-        return self.norm(saved.x, weight, saved.bias, center=saved.mean is not None, **keys)
+        norm = self.norm(saved.x, weight, saved.bias, center=saved.mean is not None, **keys)
+        if not self._host:
+            self._memory.used(array for array in self._inputs.values() if array is not None)
+        return norm
 
     def _put_statistics(self, mean: Any, rstd: Any, norm: Norm) -> bool:
         """Whether they are variances, one for each group."""

@@ -264,6 +264,7 @@ class CudaMemory(HostMemory):
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         target = self.empty(array.shape, array.dtype)
+        target.owner = target.owner, array  # which may be a copy that nobody else has, and is read later
         with self._device.current():
             driver = self._device._driver
             copied = driver.cuMemcpyHtoDAsync(target.pointer, array.ctypes.data, array.nbytes, self._stream.handle)
