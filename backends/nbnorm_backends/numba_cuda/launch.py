@@ -30,8 +30,8 @@ class RowClass(NamedTuple):
 
 
 # Rows in registers, with the weights. The assembler for sm_80 takes more registers of the same PTX, and spilled where
-# sm_90 has enough: of 32 elements a thread, and of gradients where 512 threads share a multiprocessor's registers.
-# float64 takes two registers an element. 1024 threads have 64 registers each, and spilled on sm_90.
+# sm_90 has enough: of 32 elements a thread, of gradients where 512 threads share a multiprocessor's registers, and of
+# float64, which takes two registers an element, there too. 1024 threads have 64 registers each, and spilled on sm_90.
 ROWS = {
     "row_forward": (
         RowClass(8, 16, 128),
@@ -49,7 +49,12 @@ ROWS = {
     ),
 }
 ROWS_OF_DOUBLES = {
-    "row_forward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(512, 8, 512)),
+    "row_forward": (
+        RowClass(8, 8, 128),
+        RowClass(32, 8, 128),
+        RowClass(128, 8, 128),
+        RowClass(512, 8, 512, since=90),
+    ),
     "row_backward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)),
 }
 # Gradients by scalar access: of 16 elements the loops were not unrolled, and arrays went to local memory.
