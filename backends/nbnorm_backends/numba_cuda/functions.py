@@ -319,6 +319,24 @@ def make_absorb(P, size):
     return absorb, absorb_kept
 
 
+def make_join(P, access):
+    """join(q, p, residual, i, flags, after): what is behind a norm, of the V elements of q; p is overwritten."""
+    V, load = access.V, access.load
+    activate, _ = make_activations(P)
+
+    @P.dev
+    def join(q, p, residual, i, flags, after):
+        if flags & RESIDUAL:
+            load(residual, i, p, 0)
+            for e in range(V):
+                q[e] += p[e]
+        if after != 0:
+            for e in range(V):
+                q[e] = activate(after, q[e])
+
+    return join
+
+
 def make_settle(P):
     """settle(i, n, high, low, m2, mean_high, mean_low, rstd, sums, valid, eps, write): the reciprocal standard
     deviation, 0 where nothing was counted; written with the rest where `write` says, the mean as the nearest number and

@@ -24,6 +24,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_absorb,
     make_access,
     make_activations,
+    make_join,
     make_merge,
     make_settle,
     make_sums,
@@ -41,6 +42,7 @@ def _make_finish(cuda, P, vector, threads):
     access = make_access(P, vector)
     V, load, store, load_weights, weight_at = access.V, access.load, access.store, access.load_weights, access.weight
     activate, _ = make_activations(P)
+    join = make_join(P, access)
 
     @P.dev
     def finish(
@@ -81,13 +83,7 @@ def _make_finish(cuda, P, vector, threads):
                     load_weights(bias, bias_wide, flags, k, w, 0)
                 for e in range(V):
                     q[e] += w[e]
-            if flags & RESIDUAL:
-                load(residual, base + k, w, 0)
-                for e in range(V):
-                    q[e] += w[e]
-            if after != 0:
-                for e in range(V):
-                    q[e] = activate(after, q[e])
+            join(q, w, residual, base + k, flags, after)
             if flags & MASK:
                 for e in range(V):
                     j = k * V + e
