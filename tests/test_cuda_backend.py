@@ -227,6 +227,12 @@ def test_sums_over_outer_axes_are_normalized(machine: Machine, op: Any) -> None:
     like_the_host(machine, op, normal(5, 6, 8), residual=normal(5, 6, 8, seed=4), axis=(0, 1))
 
 
+def test_weights_that_registers_do_not_hold_are_loaded_again(machine: Machine) -> None:
+    x, residual, weight, bias = normal(3, 4104), normal(3, 4104, seed=4), normal(4104, seed=5), normal(4104, seed=6)
+    like_the_host(machine, nbnorm.layer_norm, x, 4104, weight=weight, bias=bias, residual=residual, activation="silu")
+    assert "row_backward_float32_vector_512x16" in names(machine)
+
+
 def test_an_offset_is_added_to_the_weight(machine: Machine) -> None:
     for dtype in ("float32", "bfloat16"):
         x, weight = normal(5, 24, dtype=dtype), normal(24, dtype=dtype)

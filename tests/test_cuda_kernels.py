@@ -512,6 +512,14 @@ def test_rows_too_long_for_registers_cuda(shape: tuple[int, int], monkeypatch: p
     check(case, "float32", *params_of(case, "float32"), bound=1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_longest_rows_in_registers_cuda(dtype: str) -> None:
+    case = layer("layer", nbnorm.layer_norm, (2, 4104), 1)
+    run = run_of(case, *params_of(case, dtype)[:3])
+    assert plans.backward(run.norm).launches[0].variant.name == f"row_backward_{dtype}_vector_512x16"
+    check(case, dtype, *params_of(case, dtype), bound=1)
+
+
 def test_few_long_rows_are_split_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     case = layer("layer", nbnorm.layer_norm, (2, 2**17), 1)
     norm = plans.Norm("float32", layout.Layout(2, 1, 1, 2**17, 1), weight=True, bias=True)
