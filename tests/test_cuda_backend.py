@@ -904,6 +904,8 @@ def test_later_calls_of_torch(torch: Any, monkeypatch: pytest.MonkeyPatch) -> No
         assert y.stride() == x.stride()
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
     assert [tensor._version for tensor in (out, mean, var, weight)] == [1, 3, 3, 0]
+    with pytest.raises(TypeError, match="x must"):
+        plan(other.numpy())
 
 
 def test_what_torch_calls_a_device(torch: Any) -> None:

@@ -62,7 +62,7 @@ SCALAR_ROWS = ROWS_OF_DOUBLES["row_backward"]
 # Rows of any length, which are read twice: the second time from the second-level cache, as long as all rows under way
 # fit it. With 68 to 78 registers a multiprocessor holds one block of 512 threads; on an H100, 132 rows of 32768 float32
 # are 17 of its 50 MB, and as much again of y. One load of 16 bytes in each of 512 threads may be too little to cover
-# the memory's latency. Two blocks would have twice as many, but sm_80 spills 8 to 48 bytes in 64 registers (sm_90 none),
+# the memory's latency. Two blocks would have twice as many, but sm_80 spills 8 to 48 bytes in 64 registers, sm_90 none,
 # and of 65536 float32 the rows under way would no longer fit. Which counts more is for a GPU to tell.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
 BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
