@@ -65,8 +65,8 @@ def test_dry_and_quick_cuda(tmp_path: Path) -> None:
     result = command("--dry", "--quick", "--out", tmp_path)
     after = os.times()
     assert result.returncode == 0, result.stderr + result.stdout
-    # Of the processors: it is part of the plain suite, and what the clock says depends on what runs beside it.
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 40
+    # Of the processors: it is part of the plain suite. 25 to 60, as they are clocked and shared.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 80
     lines = result.stdout.splitlines()
     assert lines[0].split()[:6] == ["variant", "arch", "regs", "ld128", "st128", "shuffles"]
     families = {variant.family for variant in gpu_command.variants()}
