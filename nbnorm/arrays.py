@@ -9,15 +9,16 @@ a program that has it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.devices import DeviceArray, Library
+from nbnorm.devices import DeviceArray, Library, allocates, no_memory
 
 Array = Any  # an array of any supported kind
 HALF = ("float16", "bfloat16")
@@ -66,6 +67,11 @@ class NumpyArrays:
     def written(self, array: Array) -> None:
         """Called after the view of an array was written to, for kinds that keep count of it."""
 
+    def key(self, array: Array) -> tuple[Any, ...] | None:
+        """Of an array on a device all that `view` and the checks of a call depend on, but its memory. None for others,
+        and for those that `view` refuses."""
+        return None
+
 
 class TorchTensors(NumpyArrays):
     """torch.Tensor and torch.nn.Parameter, in host memory or on a CUDA device."""
@@ -111,6 +117,14 @@ class TorchTensors(NumpyArrays):
         """Let autograd notice that a tensor it may have saved has changed; inference tensors it never saves."""
         if not array.is_inference():
             sys.modules["torch"].autograd.graph.increment_version(array)
+
+    def key(self, array: Array) -> tuple[Any, ...] | None:
+        if not array.is_cuda or array.layout is not sys.modules["torch"].strided or array.is_neg():
+            return None
+        if array.requires_grad and sys.modules["torch"].is_grad_enabled():
+            return None
+        # To see that strides follow from the shape takes half of the time of asking for them.
+        return array.shape, array.is_contiguous() or array.stride(), array.dtype, array.get_device()
 
 
 class JaxArrays(NumpyArrays):
@@ -187,21 +201,45 @@ class TorchMemory(Library):
     def view(self, tensor: Array, name: str) -> Any:
         dtype = self._numpy_dtype(tensor.dtype, name)
         strides = tuple(step * dtype.itemsize for step in tensor.stride())
-        return DeviceArray.of(self, tensor, tensor.data_ptr(), tuple(tensor.shape), strides, dtype)
+        return DeviceArray.of(self, tensor, self.address(tensor), tuple(tensor.shape), strides, dtype)
 
     def stream(self) -> int:
-        return int(sys.modules["torch"].cuda.current_stream(self.device).cuda_stream)
+        torch = sys.modules["torch"]
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Triton asks: it makes no object of a stream
+        return int(torch.cuda.current_stream(self.device).cuda_stream if raw is None else raw(self.ordinal))
 
+    # Asked of each array of a call, and in half of the time of a method.
+    address = staticmethod(methodcaller("data_ptr"))  # type: ignore[assignment]
+
+    def like(self, array: Array) -> Array:
+        try:  # `allocates` takes half as long as torch
+            return sys.modules["torch"].empty_like(array)
+        except Exception as error:
+            raise no_memory(self.device, error) from error
+
+    @allocates
+    def block(self, size: int, *, zero: bool = False) -> tuple[Any, int]:
+        torch = sys.modules["torch"]
+        made = (torch.zeros if zero else torch.empty)(size, dtype=torch.uint8, device=self.place)
+        return made, self.address(made)
+
+    @allocates
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         torch = sys.modules["torch"]
         make, dtype = torch.zeros if zero else torch.empty, np.dtype(dtype)
         return self._made(make(shape, dtype=getattr(torch, dtype.name), device=self.place), dtype)
+
+    def used(self, arrays: Iterable[DeviceArray]) -> None:
+        stream = sys.modules["torch"].cuda.current_stream(self.device)
+        for array in arrays:
+            array.owner.record_stream(stream)  # nothing, where it is that of the tensor
 
     def native(self, array: DeviceArray) -> Any:
         tensor, size = array.owner, array.itemsize
         first = tensor.storage_offset() + (array.pointer - tensor.data_ptr()) // size
         return tensor.as_strided(array.shape, [step // size for step in array.strides], first)
 
+    @allocates
     def converted(self, array: DeviceArray, dtype: DTypeLike) -> DeviceArray:
         torch, dtype = sys.modules["torch"], np.dtype(dtype)
         wanted = getattr(torch, dtype.name)
@@ -210,6 +248,7 @@ class TorchMemory(Library):
     def assign(self, target: DeviceArray, source: DeviceArray) -> None:
         self.native(target).copy_(self.native(source))
 
+    @allocates
     def sum(self, array: DeviceArray, other: DeviceArray | float) -> DeviceArray:
         addend = self.native(other) if isinstance(other, DeviceArray) else other
         return self._made((self.native(array) + addend).contiguous(), array.dtype)
@@ -218,7 +257,7 @@ class TorchMemory(Library):
         return np.asarray(self.native(array).cpu().numpy())
 
     def _made(self, tensor: Any, dtype: np.dtype[Any]) -> DeviceArray:
-        return DeviceArray.of(self, tensor, tensor.data_ptr(), tuple(tensor.shape), None, dtype)
+        return DeviceArray.of(self, tensor, self.address(tensor), tuple(tensor.shape), None, dtype)
 
     def _numpy_dtype(self, dtype: Any, name: str) -> np.dtype[Any]:
         """Of elements that a norm takes, and of masks."""
@@ -244,6 +283,9 @@ class CupyArrays(NumpyArrays):
     def wrap(self, result: Any, like: Array) -> Array:
         return result.native()
 
+    def key(self, array: Array) -> tuple[Any, ...] | None:
+        return array.shape, array.strides, array.dtype, array.data.device_id
+
 
 class CupyMemory(Library):
     """A CUDA device's memory as CuPy's pool gives it."""
@@ -252,11 +294,26 @@ class CupyMemory(Library):
         self.device = f"cuda:{ordinal}"
 
     def view(self, array: Array) -> DeviceArray:
-        return DeviceArray.of(self, array, array.data.ptr, array.shape, array.strides, array.dtype)
+        return DeviceArray.of(self, array, self.address(array), array.shape, array.strides, array.dtype)
 
     def stream(self) -> int:
         return int(sys.modules["cupy"].cuda.get_current_stream(self.ordinal).ptr)
 
+    def address(self, array: Array) -> int:
+        return array.data.ptr  # type: ignore[no-any-return]
+
+    @allocates
+    def like(self, array: Array) -> Array:
+        with self._current() as cupy:
+            return cupy.empty_like(array)
+
+    @allocates
+    def block(self, size: int, *, zero: bool = False) -> tuple[Any, int]:
+        with self._current() as cupy:
+            made = (cupy.zeros if zero else cupy.empty)(size, np.uint8)
+        return made, self.address(made)
+
+    @allocates
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         with self._current() as cupy:
             return self.view((cupy.zeros if zero else cupy.empty)(shape, dtype))
@@ -265,6 +322,7 @@ class CupyMemory(Library):
         begin = array.owner.data + (array.pointer - array.owner.data.ptr)
         return sys.modules["cupy"].ndarray(array.shape, array.dtype, begin, array.strides)
 
+    @allocates
     def converted(self, array: DeviceArray, dtype: DTypeLike) -> DeviceArray:
         with self._current() as cupy:
             return self.view(cupy.array(self.native(array), dtype, order="C"))
@@ -273,6 +331,7 @@ class CupyMemory(Library):
         with self._current():
             self.native(target)[...] = self.native(source)
 
+    @allocates
     def sum(self, array: DeviceArray, other: DeviceArray | float) -> DeviceArray:
         with self._current() as cupy:
             addend = self.native(other) if isinstance(other, DeviceArray) else array.dtype.type(other)
@@ -292,18 +351,18 @@ class CupyMemory(Library):
 
 torch_memory, cupy_memory = lru_cache(TorchMemory), lru_cache(CupyMemory)
 KINDS: list[NumpyArrays] = [NumpyArrays(), TorchTensors(), JaxArrays(), CupyArrays(), DLPackArrays()]
-_by_type: dict[type, NumpyArrays] = {}
+by_type: dict[type, NumpyArrays] = {}
 
 
 def adapter_of(array: Array, name: str) -> NumpyArrays:
     """The adapter of the array's kind; TypeError when there is none."""
     cls = type(array)
-    found = _by_type.get(cls)
+    found = by_type.get(cls)
     if found is None:
         found = next((kind for kind in KINDS if kind.accepts(cls)), None)
         if found is None:
             raise TypeError(f"{name} must be an array ({_known()}); got {_describe(cls)}")
-        _by_type[cls] = found
+        by_type[cls] = found
     return found
 
 

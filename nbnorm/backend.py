@@ -225,6 +225,10 @@ class Backend(ABC):
         It takes C-contiguous arrays of these sizes and dtypes, in shapes of the caller's, and None where there is none;
         `shape` is that of x, y and `out`. With `bound` it returns None, and has done nothing, where `out` is neither x
         nor memory apart from the inputs, or an array is not aligned.
+
+        Of arrays on a device it is a function of addresses, (x, weight, bias, y, own=), that is never `bound`: it
+        returns True, or False and has done nothing, where y is neither x nor apart from the inputs; with `own` y is
+        memory that nobody else has. None in place of a function, where such calls are not to be remembered.
         """
         five, param_shape = x.shape, shape_of_params(weight, bias)
 
@@ -258,7 +262,8 @@ class Backend(ABC):
         """The same for a call with running statistics (g,): a function (x, weight, bias, mean, var, out) that
         normalizes with them where `momentum` is None, else with x's own, by which they move, in place.
 
-        It returns None, and has done nothing, where statistics that would move may overlap each other or an input.
+        It returns None, and has done nothing, where statistics that would move may overlap each other or an input. Of
+        arrays on a device, it is one of addresses as well: (x, weight, bias, mean, var, y, own=).
         """
         five, param_shape = x.shape, shape_of_params(weight, bias)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from nbnorm.errors import BackendError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Memory(ABC):
@@ -16,7 +21,7 @@ class Memory(ABC):
 
     device: str  # "cuda:0"
 
-    @property
+    @functools.cached_property
     def ordinal(self) -> int:
         return int(self.device.partition(":")[2])
 
@@ -33,8 +38,44 @@ class Memory(ABC):
         """A copy in host memory, for which the host waits."""
 
 
+def allocates(method: F) -> F:
+    """Of a method of `Memory`: whatever an allocator raises, as one error that names the device."""
+
+    @functools.wraps(method)
+    def checked(self: Memory, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except BackendError:
+            raise
+        except Exception as error:
+            raise no_memory(self.device, error) from error
+
+    return cast(F, checked)
+
+
+def no_memory(device: str, error: Exception) -> BackendError:
+    """The error of an allocator that gave nothing."""
+    return BackendError(f"{device} gave no memory: {error}. Free memory there, or pass fewer samples at a time")
+
+
 class Library(Memory):
     """Memory as an array library allocates and copies it, on the stream that is current in the library."""
+
+    @abstractmethod
+    def address(self, array: Any) -> int:
+        """Where an array of the library's begins."""
+
+    @abstractmethod
+    def like(self, array: Any) -> Any:
+        """A new array of the library's: the shape, dtype and order in memory of one that has no gaps."""
+
+    @abstractmethod
+    def block(self, size: int, *, zero: bool = False) -> tuple[Any, int]:
+        """So many bytes, as long as somebody holds the first of what is returned, and their address."""
+
+    def used(self, arrays: Iterable[DeviceArray]) -> None:
+        """Tell the library that these are read on the stream that is current now, which may be another than that on
+        which they were made: their memory is not given away before. Nothing, where a library has no means for it."""
 
     @abstractmethod
     def native(self, array: DeviceArray) -> Any:
@@ -140,27 +181,27 @@ class DeviceArray:
         return bool(np.may_share_memory(self._at, other._at))
 
     def astype(self, dtype: DTypeLike) -> DeviceArray:
-        return self._library.converted(self, dtype)
+        return self.library.converted(self, dtype)
 
     def copy(self) -> DeviceArray:
         """C-contiguous."""
-        return self._library.converted(self, self.dtype)
+        return self.library.converted(self, self.dtype)
 
     def native(self) -> Any:
-        return self._library.native(self)
+        return self.library.native(self)
 
     def host(self) -> NDArray[Any]:
         """A copy in host memory, for which the host waits."""
         return self.memory.host(self)
 
     def __add__(self, other: DeviceArray | float) -> DeviceArray:
-        return self._library.sum(self, other)
+        return self.library.sum(self, other)
 
     def __setitem__(self, index: EllipsisType, value: DeviceArray) -> None:
-        self._library.assign(self, value)
+        self.library.assign(self, value)
 
     @property
-    def _library(self) -> Library:
+    def library(self) -> Library:
         assert isinstance(self.memory, Library), f"memory of {type(self.memory).__name__} is no array library's"
         return self.memory
 

@@ -1,6 +1,7 @@
 """Calls that are made again and again: checked once, and then found by what their checks depend on.
 
-Remembered is a call of a norm with nothing but arrays of NumPy's to it: x, weight, bias, running statistics and out.
+Remembered is a call of a norm with nothing to it but arrays of NumPy's, or of a library's on a device: x, weight, bias,
+running statistics and out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm import dispatch, engine
+from nbnorm import arrays, dispatch, engine
 from nbnorm.backend import Backend, Epilogue, Grads, apart, may_write
+from nbnorm.devices import DeviceArray, on_host
 from nbnorm.engine import Call, Operand, Pullback, Ran, ran_before
 from nbnorm.layout import Plan
 
@@ -131,7 +133,14 @@ def key_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
             if not CONSTANT.issuperset(map(type, arg)):
                 return None
             key += tuple, arg, *map(type, arg)  # (3,) == (3.0,)
-        elif kind in CONSTANT or isinstance(arg, Backend):
+        elif kind in CONSTANT:
+            key += kind, arg
+        elif (adapter := arrays.by_type.get(kind)) is not None:
+            seen = adapter.key(arg)
+            if seen is None:
+                return None
+            key += kind, seen
+        elif isinstance(arg, Backend):
             key += kind, arg
         else:
             return None
@@ -151,7 +160,8 @@ def remember(
         return
     again = repeated(call) if _statistics(call) is None else repeated_with_statistics(call)
     if again is not None:
-        _keep(key, _remembered(again, may_write, op, args, kwargs, call))
+        allowed = may_write if on_host(call.x.view) else _checked_behind
+        _keep(key, _remembered(again, allowed, op, args, kwargs, call))
 
 
 def remember_vjp(
@@ -165,7 +175,7 @@ def remember_vjp(
     """The same of a call whose gradient is asked for, which has not run yet: what it is to be run by."""
     if key is None or not isinstance(call, Call) or call.op == "moments" or dispatch.traced():
         return None
-    again = repeated_vjp(call)
+    again = repeated_vjp(call) if on_host(call.x.view) else None
     if again is None:
         return None
     found = RememberedVjp(_remembered(again, _lies_apart, op, args, kwargs, call), prepare, call)
@@ -211,7 +221,7 @@ def repeated(call: Call, *, bound: bool = False) -> Again | None:
     placed, backend, epilogue = ready
     weight, bias = _params(call, placed.plan)
     keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape, "bound": bound}
-    return backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys)
+    return _of_library(call, backend.repeated(placed.five_axes(), weight, bias, call.eps, **keys))
 
 
 def repeated_with_statistics(call: Call) -> Again | None:
@@ -226,7 +236,7 @@ def repeated_with_statistics(call: Call) -> Again | None:
     placed, backend, epilogue = ready
     mean, var = (stat.view for stat in statistics)
     momentum = None if call.running is None else call.running.momentum
-    return backend.repeated_with_statistics(
+    again = backend.repeated_with_statistics(
         placed.five_axes(),
         *_params(call, placed.plan),
         (mean, var),
@@ -235,6 +245,7 @@ def repeated_with_statistics(call: Call) -> Again | None:
         epilogue=epilogue,
         shape=call.x.view.shape,
     )
+    return _of_library(call, again)
 
 
 def repeated_vjp(call: Call) -> Again | None:
@@ -255,12 +266,17 @@ def bound(call: Call) -> Again | None:
     """A function (x, out) that does what the call does, for weight, bias and statistics as they will be, or returns
     None and has done nothing; None where there is more to the call than these."""
     statistics = _statistics(call)
-    if statistics is None:
+    host = on_host(call.x.view)
+    if statistics is None and host:
         return repeated(call, bound=True)
-    again = repeated_with_statistics(call)
+    again = repeated(call) if statistics is None else repeated_with_statistics(call)
     if again is None:
         return None
-    given = [None if operand is None else operand.view for operand in (call.weight, call.bias, *statistics)]
+    operands = call.weight, call.bias, *(statistics or ())
+    if not host:
+        kept = [None if operand is None else operand.view.owner for operand in operands]
+        return lambda x, out: again(x, *kept, out)
+    given = [None if operand is None else operand.view for operand in operands]
 
     def bound_again(x: NDArray[Any], out: NDArray[Any] | None) -> Any:
         fits = out is None or (out.flags.aligned and may_write(out, x, *given))
@@ -283,15 +299,53 @@ def _params(call: Call, plan: Plan) -> tuple[NDArray[Any] | None, NDArray[Any] |
 
 
 def _ready(call: Call, operands: tuple[Operand | None, ...]) -> tuple[engine.Placed, Backend, Epilogue] | None:
-    """What runs a call of nothing but these operands, NumPy arrays that lie as kernels want them; None for others."""
+    """What runs a call of nothing but these operands, arrays that lie as kernels want them; None for others."""
     more = call.mask, call.residual, call.addend, call.renorm, call.dropout, call.dropped
     if any(part is not None for part in more) or call.return_moments or call.weight_offset or not call.x.view.size:
         return None
-    for operand in operands:
-        if operand is not None and (type(operand.given) is not np.ndarray or not engine.plain(operand.view)):
-            return None
     placed = engine.place(call)
-    if placed.copied or placed.plan.order != tuple(range(len(placed.plan.order))):
+    if placed.copied or not all(operand is None or _lies_well(operand, call, placed.plan) for operand in operands):
         return None
     decision = dispatch.decide(engine.request(call, placed.plan), call.backend)
     return placed, dispatch.backend_of(decision, call.backend), Epilogue(call.activation, call.order)
+
+
+def _lies_well(operand: Operand, call: Call, plan: Plan) -> bool:
+    """Whether kernels see an array that was given as it lies: one of NumPy's in C order, on a device in the plan's."""
+    view = operand.view
+    if on_host(view):
+        plain = engine.plain(view) and plan.order == tuple(range(len(plan.order)))
+        return plain and type(operand.given) is np.ndarray
+    if operand.adapter.key(operand.given) is None or plan.param_order != tuple(range(len(plan.param_order))):
+        return False
+    of_x = operand is call.x or operand is call.out
+    return engine.view_like(view, call.axes, plan, copy=False) is not None if of_x else engine.plain(view)
+
+
+def _of_library(call: Call, run: Again | None) -> Again | None:
+    """Of what a backend repeats on addresses a function of a library's arrays; of another, that one itself."""
+    x = call.x.view
+    if run is None or not isinstance(x, DeviceArray):
+        return run
+    address, like, note = x.library.address, x.library.like, call.x.adapter.written
+    moves = call.running is not None
+
+    def again(x: Any, *inputs: Any) -> Any:
+        *inputs, out = inputs
+        y = like(x) if out is None else out
+        given = [None if array is None else address(array) for array in inputs]
+        if not run(address(x), *given, address(y), own=out is None):
+            return None
+        if out is not None:
+            note(out)
+        if moves:
+            note(inputs[2])
+            note(inputs[3])
+        return y
+
+    return again
+
+
+def _checked_behind(*_: Any) -> bool:
+    """Of arrays on a device the backend looks at the addresses, which it needs in any case."""
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +14,13 @@ import nbnorm
 import oracle
 from bounds import backward, forward
 from cases import NORMS, Norm, batch, data, dtype_of, group, has_bias, layer
-from nbnorm import arrays, dispatch
-from nbnorm.devices import DeviceArray
+from nbnorm import arrays, dispatch, engine
+from nbnorm.devices import DeviceArray, allocates
 
 pytest.importorskip("greenlet", reason="greenlet is not installed (it comes with the test extra)")
 from nbnorm_backends.numba_cuda import backend as cuda_backend
-from nbnorm_backends.numba_cuda import cubins, device, launch
-from nbnorm_backends.numba_cuda.simulated_device import SimulatedDevice
+from nbnorm_backends.numba_cuda import cubins, device, launch, plans
+from nbnorm_backends.numba_cuda.simulated_device import LENT, SimulatedDevice, SimulatedMemory
 
 EPS = 1e-5
 
@@ -49,12 +50,33 @@ class Tensors(arrays.NumpyArrays):
         assert isinstance(result, DeviceArray), "a result that does not lie on the device"
         return Tensor(result)
 
+    def key(self, array: Any) -> Any:
+        return array.at.shape, array.at.strides, array.at.dtype, array.at.device
+
+
+class TensorMemory(SimulatedMemory):
+    """The memory of `Tensor`."""
+
+    taken = 0  # blocks
+
+    def address(self, array: Any) -> int:
+        return array.at.pointer if isinstance(array, Tensor) else array.pointer + self.shift
+
+    def like(self, array: Any) -> Any:
+        return Tensor(super().like(array.at))
+
+    def block(self, size: int, *, zero: bool = False) -> Any:
+        self.taken += 1
+        return super().block(size, zero=zero)
+
 
 class Machine:
     """A computer with simulated GPUs."""
 
     def __init__(self, **keys: Any) -> None:
         self.devices = {ordinal: SimulatedDevice(ordinal, **keys) for ordinal in (0, 1)}
+        for ordinal, simulated in self.devices.items():
+            simulated.memory = TensorMemory(ordinal)
         self.backend = cuda_backend.CudaBackend(self.devices.__getitem__)
 
     @property
@@ -78,9 +100,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def install(monkeypatch: pytest.MonkeyPatch, machine: Machine, kind: Any = None) -> Machine:
     monkeypatch.setattr(arrays, "KINDS", [kind or Tensors(), *arrays.KINDS])
-    monkeypatch.setattr(arrays, "_by_type", {})
+    monkeypatch.setattr(arrays, "by_type", {})
     monkeypatch.setitem(dispatch.registry._loaded, "cuda", machine.backend)
-    monkeypatch.setattr(dispatch.registry, "_decided", {})
+    dispatch.registry._forget()
     return machine
 
 
@@ -203,6 +225,12 @@ def test_sums_are_normalized(machine: Machine, op: Any, dtype: str) -> None:
 @pytest.mark.parametrize("op", [nbnorm.add_layer_norm, nbnorm.add_rms_norm])
 def test_sums_over_outer_axes_are_normalized(machine: Machine, op: Any) -> None:
     like_the_host(machine, op, normal(5, 6, 8), residual=normal(5, 6, 8, seed=4), axis=(0, 1))
+
+
+def test_weights_that_registers_do_not_hold_are_loaded_again(machine: Machine) -> None:
+    x, residual, weight, bias = normal(3, 4104), normal(3, 4104, seed=4), normal(4104, seed=5), normal(4104, seed=6)
+    like_the_host(machine, nbnorm.layer_norm, x, 4104, weight=weight, bias=bias, residual=residual, activation="silu")
+    assert "row_backward_float32_vector_512x16" in names(machine)
 
 
 def test_an_offset_is_added_to_the_weight(machine: Machine) -> None:
@@ -333,6 +361,120 @@ def test_host_arrays_have_second_derivatives_and_batch_renorm(machine: Machine) 
     np.testing.assert_allclose(*ghosts, rtol=1e-5, atol=1e-5)
 
 
+# ---- calls that are made again ---------------------------------------------------------------------------------------
+
+
+def statistics_of(machine: Machine, channels: int) -> dict[str, Any]:
+    pair = np.linspace(-1, 1, channels, dtype="f4"), np.linspace(1, 2, channels, dtype="f4")
+    return dict(zip(("running_mean", "running_var"), map(machine.tensor, pair), strict=True))
+
+
+AGAIN: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "layer": (nbnorm.layer_norm, {"axis": -1, "eps": 1e-3, "activation": "silu"}, False),
+    "rms": (nbnorm.rms_norm, {"axis": -1}, False),
+    "group": (nbnorm.group_norm, {"num_groups": 2, "activation": "relu", "order": "act_norm"}, False),
+    "instance": (nbnorm.instance_norm, {}, False),
+    "batch": (nbnorm.batch_norm, {"training": True}, False),
+    "batch, moving": (nbnorm.batch_norm, {"training": True, "momentum": 0.3}, True),
+    "batch, given": (nbnorm.batch_norm, {"eps": 1e-2}, True),
+    "instance, moving": (nbnorm.instance_norm, {"momentum": 0.3}, True),
+}
+
+
+def no_checks(*_: Any) -> Any:
+    raise AssertionError("checked anew")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", AGAIN)
+def test_later_calls_are_not_checked_and_give_the_same_bits(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, last: bool
+) -> None:
+    op, keys, tracked = AGAIN[name]
+    lengths = (3, 4, 6, 8)
+
+    def drawn(seed: int) -> Tensor:
+        array = normal(*lengths, seed=seed)
+        found = machine.tensor(
+            np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if last else array
+        )
+        assert found is not None
+        return found
+
+    if last and op in (nbnorm.layer_norm, nbnorm.rms_norm):
+        keys = {**keys, "axis": 1}
+    size = 4 if last or "axis" not in keys else 8
+
+    def arguments(seed: int) -> dict[str, Any]:
+        given = {"weight": machine.tensor(normal(size, seed=seed))}
+        if op is not nbnorm.rms_norm:
+            given["bias"] = machine.tensor(normal(size, seed=seed + 1))
+        return given | (statistics_of(machine, 4) if tracked else {})
+
+    op(drawn(4), **keys, **arguments(7))  # from here on the kind of these arrays is known
+    x, first = drawn(1), arguments(2)
+    expected = op(x, **keys, **first).numpy()
+    moved = [first[each].numpy() for each in ("running_mean", "running_var") if tracked]
+    made = machine.devices[0].memory.taken
+    assert len(dispatch.registry.calls) == 1
+    monkeypatch.setattr(engine, "compute", no_checks)
+    again = arguments(2)
+    y = op(x, **keys, **again)
+    assert y.at.strides == x.at.strides
+    assert y.numpy().tobytes() == expected.tobytes()
+    assert machine.devices[0].memory.taken - made <= 2 + 3 + 2  # new parameters, y, and two blocks
+    assert [again[each].numpy().tobytes() for each in ("running_mean", "running_var") if tracked] == [
+        each.tobytes() for each in moved
+    ]
+    plan = nbnorm.plan(op, drawn(4), **keys, **arguments(2))
+    assert plan(x).numpy().tobytes() == expected.tobytes()
+
+
+def test_later_calls_with_out_are_checked_for_overlaps(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = machine.devices[0].memory
+    whole = memory.upload(np.linspace(0.5, 2, 256, dtype="f4"))
+
+    def at(begin: int, *shape: int) -> Tensor:
+        return Tensor(DeviceArray.of(memory, whole.owner, whole.pointer + 4 * begin, shape, None, np.dtype("f4")))
+
+    x, weight, out = at(0, 4, 8), at(40, 8), at(64, 4, 8)
+    mean, var = at(48, 8), at(56, 8)
+    keys: dict[str, Any] = {"running_mean": mean, "running_var": var, "weight": weight, "training": True}
+    for _ in range(2):
+        nbnorm.batch_norm(x, **keys, out=out)
+    before = whole.host()
+    for wrong, message in (
+        ({"out": at(8, 4, 8)}, "overlaps x in part"),
+        ({"out": at(12, 4, 8)}, "overlaps x in part"),
+        ({"out": at(36, 4, 8)}, "out must not overlap weight"),
+        ({"out": at(52, 4, 8)}, "out must not overlap running_mean"),
+        ({"running_mean": at(20, 8)}, "running_mean must not overlap x"),
+        ({"running_var": at(52, 8)}, "running_mean and running_var must not overlap"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nbnorm.batch_norm(x, **keys | {"out": out} | wrong)
+    assert whole.host().tobytes() == before.tobytes()
+    monkeypatch.setattr(engine, "compute", no_checks)
+    assert nbnorm.batch_norm(x, **keys, out=x) is x
+
+
+def test_later_calls_see_alignment_streams_and_devices(machine: Machine) -> None:
+    memory = machine.devices[0].memory
+    x, weight = normal(5, 64), normal(64)
+    expected = nbnorm.layer_norm(machine.tensor(x), 64, machine.tensor(weight)).numpy()
+    memory.shift, memory.current = 4, 0x7F00
+    off = nbnorm.layer_norm(machine.tensor(x), 64, machine.tensor(weight))
+    memory.shift = 0
+    nbnorm.layer_norm(machine.tensor(x), 64, machine.tensor(weight))
+    assert [name.split("_")[-2] for name in names(machine)] == ["vector", "scalar", "vector"]
+    assert [record.stream for record in machine.launches] == [7, 0x7F00, 0x7F00]
+    np.testing.assert_allclose(off.numpy(), expected, rtol=1e-5, atol=1e-5)
+    y = nbnorm.layer_norm(machine.tensor(x, 1), 64, machine.tensor(weight, 1))
+    assert (y.at.device, len(machine.launches), len(machine.devices[1].launches)) == ("cuda:1", 3, 1)
+    with pytest.raises(TypeError, match="weight must lie on cuda:1"):
+        nbnorm.layer_norm(machine.tensor(x, 1), 64, machine.tensor(weight))
+
+
 # ---- strides, alignment, streams, devices ----------------------------------------------------------------------------
 
 
@@ -375,6 +517,11 @@ def test_arrays_off_sixteen_bytes_go_to_scalar_kernels(machine: Machine) -> None
     machine.devices[0].memory.shift = 0
     check(machine, layer("layer", nbnorm.layer_norm, (5, 64), 1), "float32")
     assert "row_forward_float32_vector_8x16" in names(machine)
+
+
+def test_a_stream_is_no_argument(machine: Machine) -> None:
+    with pytest.raises(TypeError, match="stream"):
+        nbnorm.layer_norm(machine.tensor(normal(4, 8)), 8, stream=7)  # type: ignore[call-arg]
 
 
 def test_kernels_go_to_the_stream_that_is_current(machine: Machine) -> None:
@@ -482,8 +629,8 @@ def test_too_little_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) ->
     def empty(*_: Any, **__: Any) -> Any:
         raise MemoryError("out of memory: tried to allocate 16.00 GiB")
 
-    monkeypatch.setattr(machine.devices[0].memory, "empty", empty)
-    message = r"simulated \(cuda:0\) gave no memory: out of memory: tried to allocate 16.00 GiB. Free memory there, or"
+    monkeypatch.setattr(TensorMemory, "block", allocates(empty))
+    message = "cuda:0 gave no memory: out of memory: tried to allocate 16.00 GiB. Free memory there, or pass fewer"
     with pytest.raises(nbnorm.BackendError, match=message):
         nbnorm.batch_norm(x, mean, var, training=True)
     with pytest.raises(nbnorm.BackendError, match=message):
@@ -497,14 +644,14 @@ def test_a_launch_that_fails_writes_no_statistics(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     x, mean, var = (machine.tensor(array) for array in (normal(4, 8), np.zeros(8, np.float32), np.ones(8, np.float32)))
-    launch = machine.devices[0].launch
+    start = machine.devices[0]._start
 
-    def failing_launch(variant: Any, *args: Any) -> None:
-        if variant.family == failing:
+    def failing_start(launch: Any, *args: Any) -> None:
+        if launch.variant.family == failing:
             raise nbnorm.BackendError("no")
-        launch(variant, *args)
+        start(launch, *args)
 
-    monkeypatch.setattr(machine.devices[0], "launch", failing_launch)
+    monkeypatch.setattr(machine.devices[0], "_start", failing_start)
     with pytest.raises(nbnorm.BackendError, match="no"):
         nbnorm.batch_norm(x, mean, var, training=True)
     assert not mean.numpy().any()
@@ -566,8 +713,37 @@ def test_what_is_missing_is_said(
 ) -> None:
     monkeypatch.setattr(device, "_is_there", lambda module: module not in missing)
     monkeypatch.setattr(device, "import_module", lambda name: versioned(version))
+    monkeypatch.setattr(device, "_release", lambda package: None)
     found = device.problem.__wrapped__()
     assert found is None if message is None else str(found).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "linker", "refused"),
+    [
+        ("13.5.40", "13.0.88", True),
+        ("13.0.88", "13.0.39", False),
+        ("13.0.88", "13.5.40", False),
+        (None, "13.0.88", False),
+    ],
+)
+def test_a_compiler_newer_than_the_linker_is_said(
+    monkeypatch: pytest.MonkeyPatch, compiler: str | None, linker: str, refused: bool
+) -> None:
+    def version(package: str) -> str:
+        found = {"nvidia-nvvm": compiler, "nvidia-nvjitlink": linker}[package]
+        if found is None:
+            raise device.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(device, "_is_there", lambda module: True)
+    monkeypatch.setattr(device, "import_module", lambda name: versioned(13000))
+    monkeypatch.setattr(device, "version", version)
+    message = (
+        "nvidia-nvvm 13.5 is newer than nvidia-nvjitlink 13.0, which refuses what it makes: "
+        'pip install "cuda-toolkit==13.0.*"'
+    )
+    assert device.problem.__wrapped__() == (message if refused else None)
 
 
 def test_a_forked_child_is_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,6 +757,13 @@ def test_a_forked_child_is_refused(machine: Machine, monkeypatch: pytest.MonkeyP
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
+def lent(address: int, size: int) -> int:
+    """The address of host memory that stands for a device's."""
+    LENT.pop(address, None)
+    LENT[address] = size
+    return address
+
+
 class HostTorch(arrays.TorchMemory):
     """torch's memory, where its tensors on the host stand for those on a GPU."""
 
@@ -591,6 +774,12 @@ class HostTorch(arrays.TorchMemory):
     def stream(self) -> int:
         return 0
 
+    def used(self, arrays: Any) -> None:
+        self.recorded = [array.owner.data_ptr() for array in arrays]
+
+    def address(self, array: Any) -> int:
+        return lent(array.data_ptr(), array.untyped_storage().nbytes() - array.storage_offset() * array.element_size())
+
 
 class HostTensors(arrays.TorchTensors):
     """Sees them so. The simulator works on the memory that torch allocated."""
@@ -600,6 +789,21 @@ class HostTensors(arrays.TorchTensors):
     def view(self, array: Any, name: str) -> Any:
         super().view(array, name)  # for its checks
         return self.memory.view(array.detach(), name)
+
+    def key(self, array: Any) -> Any:
+        return super().key(OnDevice(array))
+
+
+class OnDevice:
+    """A tensor that says it were on a device."""
+
+    is_cuda = True
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
 
 
 @pytest.fixture
@@ -659,6 +863,16 @@ def test_masks_and_sums_of_torch(torch: Any) -> None:
     torch.testing.assert_close(offset.float(), wanted, rtol=1e-2, atol=1e-2)
 
 
+def test_torch_is_told_what_a_pullback_reads(torch: Any) -> None:
+    x, dy, weight = (drawn(torch, *shape, dtype="float32") for shape in ((5, 24), (5, 24), (24,)))
+    _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 24, weight)
+    HostTensors.memory.recorded = []
+    pullback(dy)
+    recorded = HostTensors.memory.recorded
+    assert {x.data_ptr(), weight.data_ptr(), dy.data_ptr()} < set(recorded)
+    assert len(set(recorded)) == 3 + 3  # and the mean, in two parts, and rstd
+
+
 def test_torch_notices_what_was_written(torch: Any) -> None:
     x, out = drawn(torch, 5, 24, dtype="float32"), torch.zeros(5, 24)
     mean, var = torch.zeros(24), torch.ones(24)
@@ -668,10 +882,30 @@ def test_torch_notices_what_was_written(torch: Any) -> None:
 
 def test_tensors_that_require_grad_are_refused(torch: Any) -> None:
     x = torch.zeros(5, 24, requires_grad=True)
-    with pytest.raises(TypeError, match="x requires grad"):
-        nbnorm.layer_norm(x, 24)
-    with torch.no_grad():
-        nbnorm.layer_norm(x, 24)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="x requires grad"):
+            nbnorm.layer_norm(x, 24)
+        with torch.no_grad():
+            nbnorm.layer_norm(x, 24)
+    assert len(dispatch.registry.calls) == 1
+
+
+def test_later_calls_of_torch(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, other = (drawn(torch, 3, 4, 5, 8, dtype="float32", seed=seed).permute(0, 3, 1, 2) for seed in (1, 2))
+    weight = torch.nn.Parameter(torch.linspace(0.5, 2, 8), requires_grad=False)
+    mean, var = torch.zeros(8), torch.ones(8)
+    for _ in range(2):
+        expected = nbnorm.batch_norm(other, mean.clone(), var.clone(), weight, training=True)
+    plan = nbnorm.plan(nbnorm.batch_norm, x, mean, var, weight, training=True)
+    monkeypatch.setattr(engine, "compute", no_checks)
+    out = torch.empty_like(x)
+    for y in (nbnorm.batch_norm(other, mean, var, weight, training=True), plan(other), plan(other, out=out)):
+        assert type(y) is torch.Tensor
+        assert y.stride() == x.stride()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert [tensor._version for tensor in (out, mean, var, weight)] == [1, 3, 3, 0]
+    with pytest.raises(TypeError, match="x must"):
+        plan(other.numpy())
 
 
 def test_what_torch_calls_a_device(torch: Any) -> None:
@@ -695,6 +929,9 @@ class HostCupy(arrays.CupyMemory):
 
     def stream(self) -> int:
         return 0
+
+    def address(self, array: Any) -> int:
+        return lent(array.data.ptr, array.nbytes)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> DeviceArray:
         return self.view(self.made(np.zeros(shape, dtype)))
@@ -802,28 +1039,27 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 SUMS = launch.Variant("sum_columns", "float32", vector=False)
+COMMIT = launch.Variant("commit", "float32", vector=False)
+ADDRESSES = {"part_weight": 1 << 60, "part_bias": 2 << 60, "dweight": 3 << 60}
 
 
-def launch_sums(opened: Any, stream: int = 0) -> dict[str, Any]:
-    memory = SimulatedDevice().memory
-    args = {name: memory.empty((8,), np.float32) for name in ("part_weight", "part_bias", "dweight")}
-    opened.launch(SUMS, 3, 256, {**args, "dbias": None, "parts": 2**33, "length": 8}, stream)
-    return args
+def launch_sums(opened: Any, stream: int = 0) -> None:
+    args = {name: name for name in ADDRESSES} | {"dbias": None, "parts": 2**33, "length": 8}
+    opened.bind((plans.Launch(SUMS, 3, 256, args),))(stream, ADDRESSES)
 
 
 def test_launches_run_in_the_context_of_their_device(driver: Driver) -> None:
     opened = device.CudaDevice(1)
     assert driver.contexts == [99]
     assert (opened.name, opened.capability, opened.multiprocessors) == ("NVIDIA H100 (cuda:1)", 90, 132)
-    args = launch_sums(opened)
+    launch_sums(opened)
     driver.contexts[-1] = 1001  # its own: nothing is pushed
     launch_sums(opened, stream=0x7F00)
     assert driver.contexts == [1001]
     (first, second), kernel = driver.launched, (SUMS.name, "entry")
     assert first[:4] == (1001, "legacy", (3, 256), kernel)
     assert second[:4] == (1001, f"stream {0x7F00}", (3, 256), kernel)
-    pointers = [args[name].pointer for name in ("part_weight", "part_bias", "dweight")]
-    assert first[4] == (*pointers, 0, 2**33, 8)
+    assert first[4] == (*ADDRESSES.values(), 0, 2**33, 8)
 
 
 def test_no_visible_gpu_is_said_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -857,13 +1093,66 @@ def test_errors_name_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cubins, "kernel_of", failing)
     message = r"NVIDIA H100 \(cuda:1\): the kernel commit_float32_scalar could not be compiled or loaded: Unsupported"
     with pytest.raises(nbnorm.BackendError, match=message):
-        opened.prepare(launch.Variant("commit", "float32", vector=False))
+        opened.bind((plans.Launch(launch.Variant("commit", "float32", vector=False), 1, 256, {}),))
 
     driver.error = Error(100)
     with pytest.raises(
         nbnorm.BackendError, match="cuda:2: CUDA_ERROR_NO_DEVICE: no GPU is visible; look at nvidia-smi"
     ):
         device.CudaDevice(2)
+
+
+def test_a_device_that_cannot_be_opened_is_an_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CUDAError(Exception):  # cuda.core's is no RuntimeError
+        pass
+
+    def create_stream() -> Any:
+        raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    opened = SimpleNamespace(**vars(driver.Device(0)) | {"create_stream": create_stream})
+    monkeypatch.setattr(driver, "Device", lambda ordinal: opened)
+    message = r"NVIDIA H100 \(cuda:0\) could not be opened: CUDA_ERROR_OUT_OF_MEMORY: out of memory; look at nvidia-smi"
+    with pytest.raises(nbnorm.BackendError, match=message):
+        device.CudaDevice(0)
+    assert driver.contexts == [99]
+
+
+def test_what_was_written_is_said(driver: Driver) -> None:
+    opened = device.CudaDevice(0)
+    args = {name: name for name in ADDRESSES} | {"dbias": None, "parts": 8, "length": 8}
+    first = plans.Launch(SUMS, 3, 256, args)
+    launches = []
+
+    def launch(*values: Any) -> None:
+        launches.append(values)
+        if len(launches) == 2:
+            raise RuntimeError("no")
+
+    driver.launch = launch  # type: ignore[method-assign]
+    with pytest.raises(nbnorm.BackendError, match="The results, and `out`, are not to be used"):
+        opened.bind((first, first))(0, ADDRESSES)
+    launches[:] = [()]
+    with pytest.raises(nbnorm.BackendError, match="Nothing was written"):
+        opened.bind((first,))(0, ADDRESSES)
+    launches[:] = [()]
+    commit = plans.Launch(COMMIT, 3, 256, args)
+    with pytest.raises(nbnorm.BackendError, match="running statistics are as they were"):
+        opened.bind((commit,))(0, ADDRESSES)
+
+
+def test_what_is_copied_to_a_device_lives_until_that_is_done(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = SimpleNamespace(handle=4096)
+    opened = SimpleNamespace(**vars(driver.Device(0)) | {"allocate": lambda size, stream: buffer})
+    monkeypatch.setattr(driver, "Device", lambda ordinal: opened)
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *_: (0,), raising=False)
+    memory = device.CudaDevice(0).memory
+    array = np.ones(8, np.float32)
+    alive = weakref.ref(array)
+    target = memory.upload(array)
+    del array
+    assert alive() is not None
+    del target
+    assert alive() is None
 
 
 def test_an_old_device_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

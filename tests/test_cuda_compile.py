@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 
 import nbnorm
 from nbnorm_backends.numba_cuda import cubins, device, launch
-from nbnorm_backends.numba_cuda.compile_check import Facts, broken, check, facts_of, main
+from nbnorm_backends.numba_cuda.compile_check import INSTRUCTION, Facts, broken, check, disassemble, facts_of, main
 from nbnorm_backends.numba_cuda.launch import Budget, RowClass, Variant, budget_of, variants
 
 NEEDED = "is not installed (it comes with the cuda-check extra)"
@@ -59,8 +58,9 @@ def test_the_samples_are_listed_cuda() -> None:
 @pytest.mark.parametrize("variant", ALL)
 def test_within_budget_cuda(variant: Variant) -> None:
     since = 80 if variant.rows is None else variant.rows.since
-    for capability in launch.CAPABILITIES[since > 80 :]:
-        assert broken(facts(variant, capability), budget_of(variant)) == [], capability
+    compiler = importlib.import_module("nbnorm_backends.numba_cuda.compiler")
+    for compiled in compiler.compile_for_each(variant, launch.CAPABILITIES[since > 80 :]):
+        assert broken(facts_of(compiled), budget_of(variant)) == []
 
 
 def make_spilling(cuda: Any, P: Any, vector: bool, threads: int, elements: int, block: int) -> Any:
@@ -91,6 +91,16 @@ def test_a_spill_is_found_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     table = capsys.readouterr().out
     assert "spills: " in table
     assert "local: " in table
+
+
+@compiles
+def test_code_for_several_capabilities_is_that_for_each_cuda() -> None:
+    compiler = importlib.import_module("nbnorm_backends.numba_cuda.compiler")
+    for capability, found in zip(launch.CAPABILITIES, compiler.compile_for_each(SUMS, launch.CAPABILITIES)):
+        alone = compiler.compile_variant(SUMS, capability)
+        assert found.names == alone.names
+        code, expected = (INSTRUCTION.findall(disassemble(each.cubin)) for each in (found, alone))
+        assert code == expected
 
 
 @compiles
@@ -181,10 +191,12 @@ def test_keys_tell_variants_devices_and_versions_apart_cuda(monkeypatch: pytest.
 def test_arguments_lie_in_memory_as_kernels_read_them_cuda() -> None:
     handler = pytest.importorskip("cuda.core._kernel_arg_handler", reason=f"cuda-core {NEEDED}")
     names = ("x", "mask", "valid", "rows", "eps", "flags")
-    given = {"x": SimpleNamespace(pointer=2**47 + 16), "mask": None, "valid": SimpleNamespace(pointer=32)}
+    given = {"x": "x", "mask": None, "valid": "counts"}
     given |= {"rows": 2**40 + 3, "eps": 1e-5, "flags": 5}
     for kind, real in (("bfloat16", ctypes.c_float), ("float64", ctypes.c_double)):
-        values = device.arguments(Variant("row_forward", kind), names, given)
+        values, given_later = device.arguments(Variant("row_forward", kind), names, given)
+        assert given_later == [(0, "x"), (2, "counts")]
+        values[0], values[2] = 2**47 + 16, 32
         holder = handler.ParamHolder(tuple(values))
         places = ctypes.cast(holder.ptr, ctypes.POINTER(ctypes.c_void_p))
         types = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, real, ctypes.c_int32)

@@ -442,7 +442,7 @@ def test_running_statistics_cuda() -> None:
 def test_running_statistics_of_valid_elements_cuda() -> None:
     """One channel full, one with a single element, one with none."""
     found = {"mean_high": np.array([1, 2, 0], np.float32), "m2": np.array([6, 0, 0], np.float32)}
-    found["valid"] = np.array([4, 1, 0], np.int32)
+    found["valid"] = np.array([4, 1, 0], np.int64)
     mean, var = committed(found, ([0.5] * 3, [2.0] * 3), 1, 3, 4, masked=True)
     np.testing.assert_allclose(mean, [0.55, 0.65, 0.5], rtol=1e-6)
     np.testing.assert_allclose(var, [2.0, 2.0, 2.0], rtol=1e-6)
@@ -510,6 +510,14 @@ def test_rows_too_long_for_registers_cuda(shape: tuple[int, int], monkeypatch: p
     run = run_of(case, *params_of(case, "float32")[:3])
     assert {launch.variant.family for launch in plans.backward(run.norm).launches} >= {"planes_sums", "columns_sums"}
     check(case, "float32", *params_of(case, "float32"), bound=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_longest_rows_in_registers_cuda(dtype: str) -> None:
+    case = layer("layer", nbnorm.layer_norm, (2, 4104), 1)
+    run = run_of(case, *params_of(case, dtype)[:3])
+    assert plans.backward(run.norm).launches[0].variant.name == f"row_backward_{dtype}_vector_512x16"
+    check(case, dtype, *params_of(case, dtype), bound=1)
 
 
 def test_few_long_rows_are_split_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +65,8 @@ def test_dry_and_quick_cuda(tmp_path: Path) -> None:
     result = command("--dry", "--quick", "--out", tmp_path)
     after = os.times()
     assert result.returncode == 0, result.stderr + result.stdout
-    # Of the processors: it is part of the plain suite, and what the clock says depends on what runs beside it.
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 40
+    # Of the processors: it is part of the plain suite. 25 to 60, as they are clocked and shared.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 80
     lines = result.stdout.splitlines()
     assert lines[0].split()[:6] == ["variant", "arch", "regs", "ld128", "st128", "shuffles"]
     families = {variant.family for variant in gpu_command.variants()}
@@ -441,9 +442,30 @@ def test_kernels_are_compiled_by_processes_and_kept_cuda(
     tmp_path.chmod(0o700)
     chosen = [Variant("sum_columns", "float32", vector=False), Variant("commit", "float32", vector=False)]
     monkeypatch.setattr(gpu_measure, "variants", lambda: chosen)
-    assert gpu_measure.compile_all((9, 0), 2) == 2
+    assert gpu_measure.compile_all((9, 0), 2, Budget(600.0))["compiled"] == 2
     monkeypatch.setattr(cubins, "_compiled", None)  # nothing is compiled again
     assert cubins.kernel_of(chosen[0], (9, 0)).cubin
+
+
+def sleeping(variant: Variant, capability: tuple[int, int]) -> None:
+    time.sleep(0.2)
+
+
+def failing(variant: Variant, capability: tuple[int, int]) -> None:
+    raise RuntimeError("Unsupported .version 9.5")
+
+
+def test_what_cannot_be_compiled_in_time_is_left_cuda(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_measure, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(cubins, "kernel_of", sleeping)
+    begin = time.monotonic()
+    found = gpu_measure.compile_all((9, 0), 1, Budget(0.1))
+    assert found["compiled"] < found["of"]
+    assert time.monotonic() - begin < 30
+    monkeypatch.setattr(cubins, "kernel_of", failing)
+    report = report_of(host, jobs=2)
+    assert report["failed"] == ["kernels"]
+    assert "Unsupported .version 9.5" in report["kernels"][0]["error"]
 
 
 class Wrong(Host):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,10 +16,9 @@ import numpy as np
 
 from nbnorm.backend import PLAIN, Backend, DeviceMoments, Epilogue, Grads, Request, Saved, shape_of_params
 from nbnorm.devices import DeviceArray, contiguous, on_host
-from nbnorm.errors import BackendError
 from nbnorm.layout import Layout
 from nbnorm.statistics import Moments
-from nbnorm_backends.numba_cuda import device, plans
+from nbnorm_backends.numba_cuda import again, device, plans
 from nbnorm_backends.numba_cuda.device import Device
 from nbnorm_backends.numba_cuda.launch import VECTOR_BYTES
 from nbnorm_backends.numba_cuda.plans import Norm, Plan
@@ -129,6 +127,76 @@ class CudaBackend(Backend):
             return y, None, stats[1]
         return y, run.moments(norm, found), run.statistic(found["rstd"], norm)
 
+    def repeated(
+        self,
+        x: View,
+        weight: View | None,
+        bias: View | None,
+        eps: float,
+        *,
+        center: bool,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+        bound: bool = False,
+    ) -> Any:
+        keys: dict[str, Any] = {"center": center, "epilogue": epilogue}
+        if on_host(x):
+            return super().repeated(x, weight, bias, eps, **keys, shape=shape, bound=bound)
+        return self._again(x, weight, bias, (), eps, **keys)
+
+    def repeated_with_statistics(
+        self,
+        x: View,
+        weight: View | None,
+        bias: View | None,
+        statistics: tuple[Any, Any],
+        eps: float,
+        *,
+        momentum: float | None,
+        epilogue: Epilogue = PLAIN,
+        shape: tuple[int, ...],
+    ) -> Any:
+        keys: dict[str, Any] = {"momentum": momentum, "epilogue": epilogue}
+        if on_host(x):
+            return super().repeated_with_statistics(x, weight, bias, statistics, eps, **keys, shape=shape)
+        return self._again(x, weight, bias, statistics, eps, center=True, **keys)
+
+    def _again(
+        self,
+        x: View,
+        weight: View | None,
+        bias: View | None,
+        statistics: tuple[()] | tuple[View, View],
+        eps: float,
+        *,
+        center: bool,
+        epilogue: Epilogue,
+        momentum: float | None = None,
+    ) -> Callable[..., bool] | None:
+        """What runs the forward again; None where an array must be of another type for the kernels."""
+        run, moves = self._run(x), momentum is not None
+        stats = self.fixed_stats(*statistics, eps, 1) if statistics and not moves else None
+        norm = run.norm(x, weight, bias, center=center, eps=eps, stats=stats, epilogue=epilogue)
+        names = ["x", *(f"{name}_wide" if norm.wide else name for name in ("weight", "bias"))]
+        if statistics:
+            names += again.MOVED if moves else ("mean_high", "rstd")
+            for name, statistic in zip(again.MOVED if moves else (), statistics):
+                run.put(name, statistic, norm.real)
+        arrays = x, weight, bias, *statistics
+        if not all(array is None or run.has(name, array) for name, array in zip(names, arrays, strict=True)):
+            return None
+        sizes = {name: array.nbytes for name, array in zip(names, arrays, strict=True) if array is not None}
+
+        def plan_of(aligned: bool) -> Plan:
+            plan = forward_of(replace(norm, aligned=aligned, bare=not moves))
+            if momentum is None:
+                return plan
+            n, _, g, _, _ = norm.layout
+            moved = commit_of(norm.kind, n, g, norm.count, momentum)
+            return replace(plan, launches=(*plan.launches, *moved.launches))
+
+        return again.repeated(run.device, x.memory, norm.kind, plan_of, (*names, "y"), {**sizes, "y": x.nbytes})
+
     def add_forward(
         self,
         x: View,
@@ -188,7 +256,7 @@ class Run:
     """One call on the device of x: its inputs there, by the names that plans have for them."""
 
     def __init__(self, device: Device, memory: Any, *, host: bool) -> None:
-        self._device, self._memory, self._host = device, memory, host
+        self.device, self._memory, self._host = device, memory, host
         self._inputs: dict[str, DeviceArray | None] = {}
 
     def take(self, **inputs: DeviceArray | None) -> None:
@@ -199,9 +267,12 @@ class Run:
         """Have an array among the inputs, of this dtype; copied to the device where it is not there."""
         if dtype is not None and array.dtype != dtype:
             array = array.astype(dtype)
-        with self._with_memory():
-            given: Any = contiguous(array)
-            self._inputs[name] = self._device.memory.upload(given) if self._host else given
+        given: Any = contiguous(array)
+        self._inputs[name] = self.device.memory.upload(given) if self._host else given
+
+    def has(self, name: str, array: View) -> bool:
+        """Whether this very array is among the inputs, and not a copy."""
+        return self._inputs[name] is array
 
     def norm(
         self,
@@ -249,20 +320,23 @@ class Run:
             shared=variance,
             variance=variance,
             aligned=all(array is None or array.pointer % VECTOR_BYTES == 0 for array in self._inputs.values()),
-            capability=self._device.capability,
-            multiprocessors=self._device.multiprocessors,
+            capability=self.device.capability,
+            multiprocessors=self.device.multiprocessors,
         )
 
     def norm_of(self, saved: Saved, dy: View, addend: View | None = None) -> Norm:
         """What the gradient is asked of."""
         if saved.valid is not None:
-            self.put("valid", saved.valid, np.int32)
+            self.put("valid", saved.valid, np.int64)
         weight = saved.weight
         if weight is None and saved.bias is None and saved.param_shape is not None:
             weight = np.ones(saved.param_shape, saved.x.dtype)  # kernels sum for weights that there are
         keys: dict[str, Any] = {"stats": (saved.mean, saved.rstd), "fixed": saved.fixed, "mask": saved.mask}
         keys |= {"epilogue": saved.epilogue, "dy": dy, "addend": addend}
-        return self.norm(saved.x, weight, saved.bias, center=saved.mean is not None, **keys)
+        norm = self.norm(saved.x, weight, saved.bias, center=saved.mean is not None, **keys)
+        if not self._host:
+            self._memory.used(array for array in self._inputs.values() if array is not None)
+        return norm
 
     def _put_statistics(self, mean: Any, rstd: Any, norm: Norm) -> bool:
         """Whether they are variances, one for each group."""
@@ -282,34 +356,16 @@ class Run:
 
     def execute(self, plan: Plan) -> Mapping[str, Any]:
         """Start the kernels; all that they need is there before the first."""
-        for launch in plan.launches:
-            self._device.prepare(launch.variant)
+        start = self.device.bind(plan.launches)
         found: dict[str, DeviceArray | None] = dict(self._inputs)
         x = self._inputs.get("x")
-        dtypes = {"element": None if x is None else x.dtype, "int32": np.int32}
-        with self._with_memory():
-            for name, buffer in plan.buffers.items():
-                if name not in found:
-                    dtype = dtypes.get(buffer.type) or plan.launches[0].variant.real
-                    found[name] = self._memory.empty((buffer.size,), dtype, zero=buffer.zero)
-        stream = self._memory.stream()
-        for launch in plan.launches:
-            args = {name: found[value] if isinstance(value, str) else value for name, value in launch.args.items()}
-            self._device.launch(launch.variant, launch.grid, launch.block, args, stream)
+        dtypes = {"element": None if x is None else x.dtype, "int32": np.int32, "int64": np.int64}
+        for name, buffer in plan.buffers.items():
+            if name not in found:
+                dtype = dtypes.get(buffer.type) or plan.launches[0].variant.real
+                found[name] = self._memory.empty((buffer.size,), dtype, zero=buffer.zero)
+        start(self._memory.stream(), {name: 0 if array is None else array.pointer for name, array in found.items()})
         return found
-
-    @contextmanager
-    def _with_memory(self) -> Iterator[None]:
-        """Whatever an allocator raises, as one error that names the device."""
-        try:
-            yield
-        except BackendError:
-            raise
-        except Exception as error:
-            raise BackendError(
-                f"{self._device.name} gave no memory: {error}. Free memory there, or pass fewer samples at a time; "
-                "nothing was written"
-            ) from error
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -334,7 +390,7 @@ class Run:
         return self.result(found["dweight"], shape), self.result(found["dbias"], shape)
 
     def moments(self, norm: Norm, found: Mapping[str, Any]) -> Any:
-        kept = Found(self._device, self._memory, norm, found)
+        kept = Found(self.device, self._memory, norm, found)
         return kept.host() if self._host else kept
 
 

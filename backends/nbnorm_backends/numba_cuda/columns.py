@@ -26,6 +26,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_activations,
     make_arrive,
     make_gradient,
+    make_join,
     make_merge,
     make_settle,
     make_statistic,
@@ -208,7 +209,7 @@ def make_columns_apply(cuda, P, vector):
     access = make_access(P, vector)
     V, load, store, weight_at = access.V, access.load, access.store, access.weight
     activate, _ = make_activations(P)
-    statistic, place = make_statistic(P), _make_place(cuda, P)
+    statistic, place, join = make_statistic(P), _make_place(cuda, P), make_join(P, access)
     zero = real(0)
 
     def columns_apply(
@@ -244,13 +245,7 @@ def make_columns_apply(cuda, P, vector):
                         q[e] = activate(before, q[e])
                 for e in range(V):
                     q[e] = ((q[e] - high[e]) - low[e]) * scale[e] + shift[e]
-                if flags & RESIDUAL:
-                    load(residual, i, p, 0)
-                    for e in range(V):
-                        q[e] += p[e]
-                if after != 0:
-                    for e in range(V):
-                        q[e] = activate(after, q[e])
+                join(q, p, residual, i, flags, after)
                 if flags & MASK:
                     for e in range(V):
                         column = k * V + e

@@ -27,6 +27,7 @@ NEEDED = 'pip install "nbnorm[cuda-check]"'
 COMPILER = "nbnorm_backends.numba_cuda.compiler"  # imports what may not be installed
 COLUMNS = "variant", "arch", "regs", "ld128", "st128", "shuffles", "spills", "stack", "local", "float64", "instructions"
 ROW = "{:48} {:6} {:>5} {:>6} {:>6} {:>9} {:>7} {:>6} {:>6} {:>8} {:>13}"
+Task = tuple[Variant, list[tuple[int, int]]]
 # A line of nvdisasm: the address, perhaps a predicate, and the instruction.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
 
@@ -96,27 +97,28 @@ def broken(facts: Facts, budget: Budget) -> list[str]:
     return found
 
 
-def check(chosen: Iterable[Variant], capabilities: Iterable[tuple[int, int]], jobs: int = 1) -> int:
+def check(chosen: Iterable[Variant], capabilities: Sequence[tuple[int, int]], jobs: int = 1) -> int:
     """Print the table, from `jobs` processes; the number of variants that break their budget."""
-    tasks = [
-        (variant, capability)
-        for capability in capabilities
-        for variant in chosen
-        if variant.rows is None or variant.rows.since <= 10 * capability[0] + capability[1]
-    ]
+    tasks = [(variant, [each for each in capabilities if _runs(variant, each)]) for variant in chosen]
+    tasks = [task for task in tasks if task[1]]
     print(ROW.format(*COLUMNS))
     failures = 0
-    for (variant, capability), facts in zip(tasks, _compiled(tasks, jobs), strict=True):
-        errors = broken(facts, budget_of(variant))
-        failures += bool(errors)
-        architecture = "sm_{}{}".format(*capability)
-        sizes = facts.registers, facts.loads, facts.stores, facts.shuffles, facts.spills, facts.stack, facts.local
-        print(ROW.format(variant.name, architecture, *sizes, facts.float64, facts.instructions), end=" ")
-        print("; ".join(errors), flush=True)
+    for (variant, able), each in zip(tasks, _compiled(tasks, jobs), strict=True):
+        for capability, facts in zip(able, each, strict=True):
+            errors = broken(facts, budget_of(variant))
+            failures += bool(errors)
+            architecture = "sm_{}{}".format(*capability)
+            sizes = facts.registers, facts.loads, facts.stores, facts.shuffles, facts.spills, facts.stack, facts.local
+            print(ROW.format(variant.name, architecture, *sizes, facts.float64, facts.instructions), end=" ")
+            print("; ".join(errors), flush=True)
     return failures
 
 
-def _compiled(tasks: Sequence[tuple[Variant, tuple[int, int]]], jobs: int) -> Iterator[Facts]:
+def _runs(variant: Variant, capability: tuple[int, int]) -> bool:
+    return variant.rows is None or variant.rows.since <= 10 * capability[0] + capability[1]
+
+
+def _compiled(tasks: Sequence[Task], jobs: int) -> Iterator[list[Facts]]:
     """What became of each, in their order."""
     if jobs == 1:
         yield from map(_facts, tasks)
@@ -125,8 +127,8 @@ def _compiled(tasks: Sequence[tuple[Variant, tuple[int, int]]], jobs: int) -> It
         yield from processes.map(_facts, tasks)
 
 
-def _facts(task: tuple[Variant, tuple[int, int]]) -> Facts:
-    return facts_of(import_module(COMPILER).compile_variant(*task))
+def _facts(task: Task) -> list[Facts]:
+    return [facts_of(compiled) for compiled in import_module(COMPILER).compile_for_each(*task)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numba_cuda  # noqa: F401  # without it `numba.cuda` is Numba's own, which is another one
 from cuda.bindings import nvjitlink
 from numba import cuda
+from numba.cuda import compiler as numba_compiler
 from numba.cuda import types
 
 from nbnorm_backends.numba_cuda.launch import FLAGS, POINTERS, REALS, Variant
@@ -21,7 +22,8 @@ cached_primitives = lru_cache(primitives)
 
 def signature(kernel: Callable[..., None], kind: str) -> Any:
     """Numba's types of a kernel's arguments, from their names."""
-    named = {"element": ELEMENTS[kind], "real": real_type(kind), "int32": types.int32, "uint8": types.uint8}
+    named = {"element": ELEMENTS[kind], "real": real_type(kind)}
+    named |= {name: getattr(types, name) for name in ("uint8", "int32", "int64")}
 
     def of(name: str) -> Any:
         if name in POINTERS:
@@ -43,7 +45,23 @@ class Compiled(NamedTuple):
 def compile_variant(variant: Variant, capability: tuple[int, int]) -> Compiled:
     """Machine code for a compute capability such as (9, 0); needs no GPU and no driver."""
     kernel = variant.make(cuda, cached_primitives(variant.kind))
-    ptx, _ = cuda.compile_ptx(kernel, signature(kernel, variant.kind), cc=capability, launch_bounds=variant.bounds)
+    types_of, bounds = signature(kernel, variant.kind), variant.bounds
+    ptx, _ = cuda.compile_ptx(kernel, types_of, cc=capability, launch_bounds=bounds)
+    return _linked(kernel, ptx, capability)
+
+
+def compile_for_each(variant: Variant, capabilities: Sequence[tuple[int, int]]) -> list[Compiled]:
+    """The same code for several capabilities in little more than the time of one: nine tenths of it are Numba's, which
+    asks for none of them, and one NVVM's. Numba has no public function for that."""
+    kernel = variant.make(cuda, cached_primitives(variant.kind))
+    keys: dict[str, Any] = {"device": False, "abi": "numba", "cc": capabilities[0], "launch_bounds": variant.bounds}
+    with numba_compiler.global_compiler_lock:
+        library, _ = numba_compiler._compile_pyfunc_with_fixup(kernel, signature(kernel, variant.kind), **keys)
+        found = [(capability, *library.get_asm_strs(cc=capability)) for capability in capabilities]
+    return [_linked(kernel, ptx, capability) for capability, ptx in found]
+
+
+def _linked(kernel: Callable[..., None], ptx: str, capability: tuple[int, int]) -> Compiled:
     entry = re.search(r"\.visible \.entry (\S+)\(", ptx)
     assert entry is not None, ptx[:2000]
     cubin, log = assemble(ptx.encode(), "sm_{}{}".format(*capability))

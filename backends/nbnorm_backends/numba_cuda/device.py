@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.devices import DeviceArray, Memory
+from nbnorm.devices import DeviceArray, Memory, allocates
 from nbnorm.errors import BackendError
 from nbnorm_backends.numba_cuda import cubins
 from nbnorm_backends.numba_cuda.launch import FLAGS, POINTERS, REALS, Variant
+from nbnorm_backends.numba_cuda.plans import Launch
 
 NEEDED = {"numba_cuda": "numba-cuda", "cuda.core": "cuda-core"}  # modules, and the packages that bring them
+COMPILER, LINKER = "nvidia-nvvm", "nvidia-nvjitlink"
 INSTALL = 'pip install "nbnorm[cuda]"'
 DRIVER = 13000  # CUDA 13.0: older drivers do not load what its linker made
 DRIVER_NAME = "the NVIDIA driver 580 or later"
 CAPABILITY = 80  # from which on there are instructions for bfloat16
+Start = Callable[[int, Mapping[str, int]], None]
 
 
 class HostMemory(Memory):
@@ -51,11 +55,9 @@ class Device(Protocol):
     multiprocessors: int
     memory: HostMemory
 
-    def prepare(self, variant: Variant) -> None:
-        """Have the variant compiled and loaded."""
-
-    def launch(self, variant: Variant, grid: int, block: int, args: dict[str, Any], stream: int) -> None:
-        """Start a kernel behind what the stream has to do; arguments by name: a `DeviceArray`, None or a number."""
+    def bind(self, launches: tuple[Launch, ...]) -> Start:
+        """Have the kernels compiled and loaded. A function (stream, addresses) that starts them in their order, behind
+        what the stream has to do, on the arrays at these addresses, by their names in the launches; 0 for none."""
 
 
 @functools.cache
@@ -64,13 +66,20 @@ def problem() -> str | None:
     missing = [package for module, package in NEEDED.items() if not _is_there(module)]
     if missing:
         return f"{' and '.join(missing)} not installed: {INSTALL}"
+    compiler, linker = _release(COMPILER), _release(LINKER)
+    if compiler is not None and linker is not None and compiler > linker:
+        newer, older = ("{}.{}".format(*each) for each in (compiler, linker))
+        return (
+            f"{COMPILER} {newer} is newer than {LINKER} {older}, which refuses what it makes: "
+            f'pip install "cuda-toolkit=={older}.*"'
+        )
     driver = import_module("cuda.bindings.driver")
     try:
-        error, version = driver.cuDriverGetVersion()
+        error, found = driver.cuDriverGetVersion()
     except RuntimeError:  # there is no library of the driver
         return f"no NVIDIA driver was found: install {DRIVER_NAME}"
-    if not error and version < DRIVER:
-        return f"the driver is for CUDA {_dotted(version)}, too old by {_dotted(DRIVER)}: install {DRIVER_NAME}"
+    if not error and found < DRIVER:
+        return f"the driver is for CUDA {_dotted(found)}, too old by {_dotted(DRIVER)}: install {DRIVER_NAME}"
     return None
 
 
@@ -88,6 +97,15 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
+
+
+def _release(package: str) -> tuple[int, int] | None:
+    """(major, minor); None where it came otherwise than by pip, and its version is not known."""
+    try:
+        major, minor = version(package).split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
 
 
 def _dotted(version: int) -> str:
@@ -119,14 +137,19 @@ class CudaDevice:
         check(self._driver.cuInit(0), self.name)
         handle = check(self._driver.cuDeviceGet(ordinal), self.name)
         self._context = check(self._driver.cuDevicePrimaryCtxRetain(handle), self.name)
-        with self.current() as device:
-            self.name = f"{device.name} (cuda:{ordinal})"
-            major, minor = device.compute_capability
-            self.multiprocessors = int(device.properties.multiprocessor_count)
-        self.capability = 10 * int(major) + int(minor)
-        if self.capability < CAPABILITY:
-            raise BackendError(f"{self.name} has compute capability {major}.{minor}; its kernels need 8.0 or later")
-        self.memory: HostMemory = CudaMemory(self)
+        try:
+            with self.current() as device:
+                self.name = f"{device.name} (cuda:{ordinal})"
+                major, minor = device.compute_capability
+                self.multiprocessors = int(device.properties.multiprocessor_count)
+            self.capability = 10 * int(major) + int(minor)
+            if self.capability < CAPABILITY:
+                raise BackendError(f"{self.name} has compute capability {major}.{minor}; its kernels need 8.0 or later")
+            self.memory: HostMemory = CudaMemory(self)
+        except BackendError:
+            raise
+        except Exception as error:  # cuda.core's CUDAError
+            raise BackendError(f"{self.name} could not be opened: {error}; look at nvidia-smi") from error
         self._loaded: dict[Variant, tuple[Any, tuple[str, ...]]] = {}
 
     @contextmanager
@@ -140,21 +163,33 @@ class CudaDevice:
         finally:
             check(self._driver.cuCtxPopCurrent(), self.name)
 
-    def prepare(self, variant: Variant) -> None:
-        self._kernel(variant)
+    def bind(self, launches: tuple[Launch, ...]) -> Start:
+        bound = []
+        for each in launches:
+            kernel, names = self._kernel(each.variant)
+            bound.append((_config(each.grid, each.block), kernel, *arguments(each.variant, names, each.args)))
+        launch, get_current, context = self._core.launch, self._driver.cuCtxGetCurrent, int(self._context)
 
-    def launch(self, variant: Variant, grid: int, block: int, args: dict[str, Any], stream: int) -> None:
-        kernel, names = self._kernel(variant)
-        values = arguments(variant, names, args)
-        is_current = int(check(self._driver.cuCtxGetCurrent(), self.name)) == int(self._context)
-        try:
-            with nullcontext() if is_current else self.current():
-                self._core.launch(self._stream(stream), _config(grid, block), kernel, *values)
-        except Exception as error:
-            raise BackendError(
-                f"{self.name}: the kernel {variant.name} could not be started: {error}. Nothing was written; if an "
-                "earlier kernel failed, the process must be started again"
-            ) from error
+        def start(stream: int, at: Mapping[str, int]) -> None:
+            on = self._stream(stream)
+            started = 0
+            try:
+                if int(get_current()[1]) != context:
+                    with self.current():
+                        start(stream, at)
+                    return
+                for config, kernel, fixed, places in bound:
+                    values = fixed.copy()
+                    for i, name in places:
+                        values[i] = at[name]
+                    launch(on, config, kernel, *values)
+                    started += 1
+            except BackendError:
+                raise
+            except Exception as error:
+                raise BackendError(_failed(self.name, launches, started, error)) from error
+
+        return start
 
     def _kernel(self, variant: Variant) -> tuple[Any, tuple[str, ...]]:
         found = self._loaded.get(variant)
@@ -165,8 +200,8 @@ class CudaDevice:
                     kernel = self._core.ObjectCode.from_cubin(made.cubin, name=variant.name).get_kernel(made.entry)
             except Exception as error:
                 raise BackendError(
-                    f"{self.name}: the kernel {variant.name} could not be compiled or loaded: {error}. Nothing was "
-                    f"written; {INSTALL} brings a compiler and a linker, of which the compiler must not be newer"
+                    f"{self.name}: the kernel {variant.name} could not be compiled or loaded: {error}. {INSTALL} "
+                    "brings what compiles and links"
                 ) from error
             found = self._loaded[variant] = kernel, made.names
         return found
@@ -181,18 +216,30 @@ def _config(grid: int, block: int) -> Any:
     return import_module("cuda.core").LaunchConfig(grid=grid, block=block)
 
 
-def arguments(variant: Variant, names: tuple[str, ...], args: dict[str, Any]) -> list[Any]:
+def arguments(
+    variant: Variant, names: tuple[str, ...], args: dict[str, Any]
+) -> tuple[list[Any], list[tuple[int, str]]]:
     """In the order of the kernel's signature, and of its types, as cuda.core tells them: addresses and int64 from
-    Python's integers, int32 and real numbers from NumPy's."""
+    Python's integers, int32 and real numbers from NumPy's. Addresses are 0, and it is said which is to be whose."""
     real = np.float64 if variant.kind == "float64" else np.float32
     values: list[Any] = []
     for name in names:
-        value = args[name]
-        if name in POINTERS:
-            values.append(0 if value is None else value.pointer)
-        else:
-            values.append(real(value) if name in REALS else np.int32(value) if name in FLAGS else int(value))
-    return values
+        value = 0 if name in POINTERS else args[name]
+        values.append(real(value) if name in REALS else np.int32(value) if name in FLAGS else int(value))
+    given = ((i, args[name]) for i, name in enumerate(names) if name in POINTERS)
+    return values, [(i, array) for i, array in given if array is not None]
+
+
+def _failed(device: str, launches: tuple[Launch, ...], started: int, error: Exception) -> str:
+    """What is said of a kernel that could not be started, behind others of its call."""
+    failed = launches[started].variant
+    written = "Nothing was written"
+    if started or failed.family == "commit":
+        written = "The results, and `out`, are not to be used; running statistics are as they were"
+    return (
+        f"{device}: the kernel {failed.name} could not be started: {error}. {written}. If an earlier kernel failed, "
+        "the process must be started again"
+    )
 
 
 class CudaMemory(HostMemory):
@@ -206,6 +253,7 @@ class CudaMemory(HostMemory):
     def stream(self) -> int:
         return int(self._stream.handle)
 
+    @allocates
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         dtype = np.dtype(dtype)
         with self._device.current() as opened:
@@ -216,6 +264,7 @@ class CudaMemory(HostMemory):
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         target = self.empty(array.shape, array.dtype)
+        target.owner = target.owner, array  # which may be a copy that nobody else has, and is read later
         with self._device.current():
             driver = self._device._driver
             copied = driver.cuMemcpyHtoDAsync(target.pointer, array.ctypes.data, array.nbytes, self._stream.handle)

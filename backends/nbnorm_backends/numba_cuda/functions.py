@@ -28,6 +28,7 @@ FIXED = 512  # the statistics were given: no gradient flows through them
 VARIANCE = 1024  # `rstd` holds variances, to which eps is to be added
 REVERSE = 4096
 ALONG = 2048  # a statistic for each row and a weight for each column, as layer norm has them
+BARE = 8192  # row kernels: nobody asks for the statistics
 
 CODES = {None: 0} | {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 RELU, LEAKY, SILU, GELU, GELU_TANH, SIGMOID, TANH = (CODES[name] for name in ACTIVATIONS)
@@ -316,6 +317,24 @@ def make_absorb(P, size):
         return n, high, low, m2
 
     return absorb, absorb_kept
+
+
+def make_join(P, access):
+    """join(q, p, residual, i, flags, after): what is behind a norm, of the V elements of q; p is overwritten."""
+    V, load = access.V, access.load
+    activate, _ = make_activations(P)
+
+    @P.dev
+    def join(q, p, residual, i, flags, after):
+        if flags & RESIDUAL:
+            load(residual, i, p, 0)
+            for e in range(V):
+                q[e] += p[e]
+        if after != 0:
+            for e in range(V):
+                q[e] = activate(after, q[e])
+
+    return join
 
 
 def make_settle(P):

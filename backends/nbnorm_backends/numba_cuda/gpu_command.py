@@ -38,7 +38,7 @@ FILE = "gpu_check.json"
 LOG_WIDTH = 150
 SIMULATED_DEVICE = "nbnorm_backends.numba_cuda.simulated_device"  # needs greenlet
 BUDGET = 420  # seconds: with the piece that is under way at their end, under 8 minutes
-PARTS = "graphs", "launch", "times", "sanitizer", "compiled"
+PARTS = "kernels", "graphs", "launch", "times", "sanitizer", "compiled"
 BACKWARD = "dx", "dweight", "dbias", "dresidual"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -172,11 +172,15 @@ def measure(
     """The most important first: what the budget does not suffice for is in the report's "skipped"."""
     goals = gpu_measure.goals() if goals is None else list(goals)
     report |= {"device": device.facts(), "budget": budget.seconds, "skipped": budget.skipped, "failed": []}
+    report["kernels"] = []
     for name, value in chain(report["device"].items(), report["versions"].items()):
         console.print(f"{name:<16} {value}", soft_wrap=True)
     if jobs > 1 and store.folder() is not None:
-        begin, compiled = time.monotonic(), gpu_measure.compile_all(device.capability, jobs)
-        console.print(f"{compiled} kernels compiled in {time.monotonic() - begin:.0f} s by {jobs} processes")
+        compiling = partial(gpu_measure.compile_all, device.capability, jobs, budget)
+        report["kernels"] = budget.run([("kernels", compiling)])
+        for each in _done(report["kernels"]):
+            done = f"{each['compiled']} of {each['of']} kernels compiled in {each['seconds']:.0f} s by {jobs} processes"
+            console.print(done, soft_wrap=True)
     report["copy"] = gpu_measure.copy_bandwidth(device, copied)
     bandwidth = report["copy"]["bytes_per_second"]
     low, median, high = (speed / 1e9 for speed in report["copy"]["quartiles"])

@@ -145,11 +145,21 @@ def traffic(case: Case, l2_bytes: int) -> int:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def compile_all(capability: tuple[int, int], jobs: int) -> int:
-    """Put every variant on disk, where this process finds it, by `jobs` processes; how many there are."""
+def compile_all(capability: tuple[int, int], jobs: int, budget: Budget) -> Found:
+    """Put every variant on disk, where this process finds it, by `jobs` processes, in half of the time that is left:
+    the others are compiled when they are called."""
     chosen = [each for each in variants() if each.rows is None or each.rows.since <= 10 * capability[0] + capability[1]]
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
-        return len(list(processes.map(partial(cubins.kernel_of, capability=capability), chosen)))
+    begin, compiled = time.monotonic(), 0
+    processes = ProcessPoolExecutor(jobs, get_context("spawn"))
+    try:
+        each = partial(cubins.kernel_of, capability=capability)
+        for _ in processes.map(each, chosen, timeout=budget.left / 2):
+            compiled += 1
+    except TimeoutError:
+        pass
+    finally:
+        processes.shutdown(cancel_futures=True)  # waits for those that are under way
+    return {"name": "kernels", "compiled": compiled, "of": len(chosen), "seconds": time.monotonic() - begin}
 
 
 def copy_bandwidth(device: Device, size: int = COPY_BYTES) -> Found:

@@ -30,8 +30,8 @@ class RowClass(NamedTuple):
 
 
 # Rows in registers, with the weights. The assembler for sm_80 takes more registers of the same PTX, and spilled where
-# sm_90 has enough: of 32 elements a thread, and of gradients where 512 threads share a multiprocessor's registers.
-# float64 takes two registers an element. 1024 threads have 64 registers each, and spilled on sm_90.
+# sm_90 has enough: of 32 elements a thread, of gradients where 512 threads share a multiprocessor's registers, and of
+# float64, which takes two registers an element, there too. 1024 threads have 64 registers each, and spilled on sm_90.
 ROWS = {
     "row_forward": (
         RowClass(8, 16, 128),
@@ -49,12 +49,21 @@ ROWS = {
     ),
 }
 ROWS_OF_DOUBLES = {
-    "row_forward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(512, 8, 512)),
+    "row_forward": (
+        RowClass(8, 8, 128),
+        RowClass(32, 8, 128),
+        RowClass(128, 8, 128),
+        RowClass(512, 8, 512, since=90),
+    ),
     "row_backward": (RowClass(8, 8, 128), RowClass(32, 8, 128), RowClass(128, 8, 128), RowClass(256, 8, 256)),
 }
 # Gradients by scalar access: of 16 elements the loops were not unrolled, and arrays went to local memory.
 SCALAR_ROWS = ROWS_OF_DOUBLES["row_backward"]
-# Rows of any length, which are read twice.
+# Rows of any length, which are read twice: the second time from the second-level cache, as long as all rows under way
+# fit it. With 68 to 78 registers a multiprocessor holds one block of 512 threads; on an H100, 132 rows of 32768 float32
+# are 17 of its 50 MB, and as much again of y. One load of 16 bytes in each of 512 threads may be too little to cover
+# the memory's latency. Two blocks would have twice as many, but sm_80 spills 8 to 48 bytes in 64 registers, sm_90 none,
+# and of 65536 float32 the rows under way would no longer fit. Which counts more is for a GPU to tell.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
 BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
 COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
@@ -126,9 +135,7 @@ def row_classes(family: str, kind: str, vector: bool) -> tuple[RowClass | None, 
         return LONG_ROWS
     if family == "row_backward" and not vector:
         return SCALAR_ROWS
-    classes = (ROWS_OF_DOUBLES if kind == "float64" else ROWS).get(family, NO_CLASSES)
-    spills = (family, kind) == ("row_backward", "float32")  # 12 bytes of the largest
-    return classes[:-1] if spills else classes
+    return (ROWS_OF_DOUBLES if kind == "float64" else ROWS).get(family, NO_CLASSES)
 
 
 def has(family: str, kind: str, vector: bool) -> bool:
@@ -220,7 +227,8 @@ POINTERS = {
     **dict.fromkeys(("weight_wide", "bias_wide", "mean_high", "mean_low", "rstd", "m2"), "real"),
     **dict.fromkeys(("part_weight", "part_bias", "part_high", "part_low", "part_m2"), "real"),
     **dict.fromkeys(("k1", "k2", "dweight", "dbias", "running_mean", "running_var"), "real"),
-    **dict.fromkeys(("valid", "part_n", "counters"), "int32"),
+    **dict.fromkeys(("part_n", "counters"), "int32"),
+    "valid": "int64",
     "mask": "uint8",
 }
 REALS = ("eps", "momentum")

@@ -26,6 +26,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_activations,
     make_arrive,
     make_gradient,
+    make_join,
     make_merge,
     make_settle,
     make_statistic,
@@ -162,7 +163,7 @@ def make_planes_apply(cuda, P, vector):
     access = make_access(P, vector)
     V, load, store, weight_at = access.V, access.load, access.store, access.weight
     activate, _ = make_activations(P)
-    statistic, unit = make_statistic(P), _make_unit(cuda, P)
+    statistic, unit, join = make_statistic(P), _make_unit(cuda, P), make_join(P, access)
     zero, one = real(0), real(1)
 
     def planes_apply(
@@ -193,13 +194,7 @@ def make_planes_apply(cuda, P, vector):
                         q[e] = activate(before, q[e])
                 for e in range(V):
                     q[e] = ((q[e] - high) - low) * scale + b
-                if flags & RESIDUAL:
-                    load(residual, base + k, p, 0)
-                    for e in range(V):
-                        q[e] += p[e]
-                if after != 0:
-                    for e in range(V):
-                        q[e] = activate(after, q[e])
+                join(q, p, residual, base + k, flags, after)
                 if flags & MASK:
                     for e in range(V):
                         if mask[start + (k * V + e) * mask_s] == 0:

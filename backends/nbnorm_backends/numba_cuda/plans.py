@@ -32,7 +32,7 @@ FEW_ROWS = 64  # of fewer and longer ones than 2^16 elements each is split betwe
 
 
 class Buffer(NamedTuple):
-    """Memory that a plan needs beside its inputs: `size` times "element", "real" or "int32"."""
+    """Memory that a plan needs beside its inputs: `size` times "element", "real", "int32" or "int64"."""
 
     type: str
     size: int
@@ -70,6 +70,7 @@ class Norm:
     fixed : the statistics are given, with `shared` one for each group in place of each sample and group, and with
         `variance` as variances in `rstd`, to which eps is to be added.
     aligned : every array begins on 16 bytes.
+    bare : y alone is asked for; statistics are stored where another kernel reads them.
     """
 
     kind: str
@@ -88,6 +89,7 @@ class Norm:
     shared: bool = False
     variance: bool = False
     aligned: bool = True
+    bare: bool = False
     eps: float = 1e-5
     capability: int = 90
     multiprocessors: int = 132
@@ -171,6 +173,7 @@ class Norm:
 
 WEIGHTS = "weight", "bias", "weight_wide", "bias_wide"
 STATISTICS = "mean_high", "mean_low", "rstd"
+FOUND = *STATISTICS, "m2"
 PARTS = "part_n", "part_high", "part_low", "part_m2"
 
 
@@ -252,11 +255,17 @@ def _rows_forward(norm: Norm) -> Launch | None:
     if chosen is None or not vector or norm.mask is not None or norm.activations["before"]:
         family, chosen = "long_row_forward", LONG_ROWS[length > SHORT_ROWS]
     variant = Variant(family, norm.kind, vector, chosen)
-    args = norm.inputs("x", "residual", *WEIGHTS, "total", "y", *STATISTICS, "m2")
+    args = norm.inputs("x", "residual", *WEIGHTS, "total", "y")
+    args |= dict.fromkeys(FOUND) if norm.bare else {name: name for name in FOUND}
     args |= {"rows": rows, "length": length, "groups": g, "channels": c, "inner": s, "eps": norm.eps}
-    args |= {"flags": norm.flags | (functions.PLANES if per_plane else 0), "after": norm.activations["after"]}
+    flags = (functions.PLANES if per_plane else 0) | (functions.BARE if norm.bare else 0)
+    args |= {"flags": norm.flags | flags, "after": norm.activations["after"]}
     if family == "long_row_forward":
-        args |= {"valid": "valid", "before": norm.activations["before"], **norm.mask_strides("ngcs")}
+        args |= {
+            "valid": None if norm.bare else "valid",
+            "before": norm.activations["before"],
+            **norm.mask_strides("ngcs"),
+        }
         args |= norm.inputs("mask")
     return _row_launch(norm, variant, chosen, rows, args)
 
@@ -303,7 +312,7 @@ def _in_columns(norm: Norm) -> bool:
 
 def _statistics(norm: Norm) -> Launch:
     n, r, g, c, s = norm.layout
-    args = norm.inputs("x", "mask", *STATISTICS, "m2", "valid", *PARTS, "counters")
+    args = norm.inputs("x", "mask", *FOUND, "valid", *PARTS, "counters")
     args |= {"groups": g, "eps": norm.eps, "flags": norm.flags, "before": norm.activations["before"]}
     if s == 1 and r > 1:
         variant = Variant("columns_statistics", norm.kind, norm.vector(g * c))
@@ -472,7 +481,7 @@ def _plan(norm: Norm, launches: Iterable[Launch]) -> Plan:
     sizes |= {name: Buffer("real", g * c) for name in ("dweight", "dbias")}
     finds = any("m2" in launch.args for launch in launches)
     if finds:
-        sizes |= {name: Buffer("real", n * g) for name in (*STATISTICS, "m2")} | {"valid": Buffer("int32", n * g)}
+        sizes |= {name: Buffer("real", n * g) for name in FOUND} | {"valid": Buffer("int64", n * g)}
     found: dict[str, Buffer] = {}
     for launch in launches:
         part = _part_size(launch)

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbnorm_backends.numba_cuda.functions import (
     ADDEND,
+    BARE,
     BIAS,
     CENTER,
     FIXED,
@@ -23,6 +24,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_absorb,
     make_access,
     make_activations,
+    make_join,
     make_merge,
     make_settle,
     make_sums,
@@ -40,6 +42,7 @@ def _make_finish(cuda, P, vector, threads):
     access = make_access(P, vector)
     V, load, store, load_weights, weight_at = access.V, access.load, access.store, access.load_weights, access.weight
     activate, _ = make_activations(P)
+    join = make_join(P, access)
 
     @P.dev
     def finish(
@@ -80,13 +83,7 @@ def _make_finish(cuda, P, vector, threads):
                     load_weights(bias, bias_wide, flags, k, w, 0)
                 for e in range(V):
                     q[e] += w[e]
-            if flags & RESIDUAL:
-                load(residual, base + k, w, 0)
-                for e in range(V):
-                    q[e] += w[e]
-            if after != 0:
-                for e in range(V):
-                    q[e] = activate(after, q[e])
+            join(q, w, residual, base + k, flags, after)
             if flags & MASK:
                 for e in range(V):
                     j = k * V + e
@@ -208,7 +205,7 @@ def make_row_forward(cuda, P, vector, threads, elements, block):
                         row, lane, high, low, scale, total if flags & TOTAL else x, residual, weight, bias,
                         weight_wide, bias_wide, x, y, vectors, groups, channels, inner, 0, 0, 0, 0, flags, 0, after,
                     )  # fmt: skip
-                if lane == 0:
+                if lane == 0 and not flags & BARE:
                     mean_high[row], mean_low[row] = two_sum(high, low)
                     rstd[row] = scale
                     m2[row] = squares
@@ -278,7 +275,8 @@ def make_long_row_forward(cuda, P, vector, threads, elements, block):
             turn = 1 - turn
             high, low = two_sum(high, low)
             if here:
-                scale = settle(row, n, high, low, squares, mean_high, mean_low, rstd, m2, valid, eps, lane == 0)
+                writes = lane == 0 and not flags & BARE
+                scale = settle(row, n, high, low, squares, mean_high, mean_low, rstd, m2, valid, eps, writes)
                 finish(
                     row, lane, high, low, scale, total if flags & TOTAL else x, residual, weight, bias,
                     weight_wide, bias_wide, mask, y, vectors, groups, channels, inner, mask_n, mask_g, mask_c, mask_s,
@@ -299,6 +297,10 @@ def make_row_backward(cuda, P, vector, threads, elements, block):
     rows_per_block, steps = block // threads, elements // V
     slots_size = max(1, 6 * (threads // 32))
     shared_size = threads * elements if rows_per_block > 1 else 1
+    # Where 512 threads share the registers and elements are float32, weights kept there spilled 12 bytes on sm_90: they
+    # are loaded in each row, from the cache.
+    preload = block < 512 or P.V != 4
+    kept = elements if preload else V
     zero, one = real(0), real(1)
 
     def row_backward(
@@ -310,7 +312,7 @@ def make_row_backward(cuda, P, vector, threads, elements, block):
         shared_bias = cuda.shared.array(shared_size, real)
         r = cuda.local.array(elements, real)
         g = cuda.local.array(elements, real)
-        w = cuda.local.array(elements, real)
+        w = cuda.local.array(kept, real)
         sum_weight = cuda.local.array(elements, real)
         sum_bias = cuda.local.array(elements, real)
         q = cuda.local.array(V, real)
@@ -319,11 +321,12 @@ def make_row_backward(cuda, P, vector, threads, elements, block):
         mine = cuda.threadIdx.x // threads
         count = real(length)
         vectors = length // V
-        for e in range(elements):
+        for e in range(kept):
             w[e] = one
+        for e in range(elements):
             sum_weight[e] = zero
             sum_bias[e] = zero
-        if flags & WEIGHT:
+        if preload and flags & WEIGHT:
             for j in range(steps):
                 k = j * threads + lane
                 if k < vectors:
@@ -360,8 +363,11 @@ def make_row_backward(cuda, P, vector, threads, elements, block):
                 for j in range(steps):
                     k = j * threads + lane
                     if here and k < vectors:
+                        i = j * V if preload else 0
+                        if not preload and flags & WEIGHT:
+                            load_weights(weight, weight_wide, flags, k, w, 0)
                         for e in range(V):
-                            q[e] = r[j * V + e] * w[j * V + e]
+                            q[e] = r[j * V + e] * w[i + e]
                         if flags & BIAS:
                             load_weights(bias, bias_wide, flags, k, p, 0)
                             for e in range(V):
@@ -379,12 +385,25 @@ def make_row_backward(cuda, P, vector, threads, elements, block):
                         store(dz, base + k, g, j * V)
             s1 = zero
             s2 = zero
-            for e in range(elements):
-                sum_weight[e] += g[e] * r[e]
-                sum_bias[e] += g[e]
-                g[e] *= w[e]
-                s1 += g[e]
-                s2 += g[e] * r[e]
+            if preload:
+                for e in range(elements):
+                    sum_weight[e] += g[e] * r[e]
+                    sum_bias[e] += g[e]
+                    g[e] *= w[e]
+                    s1 += g[e]
+                    s2 += g[e] * r[e]
+            else:
+                for j in range(steps):
+                    k = j * threads + lane
+                    if here and k < vectors:
+                        if flags & WEIGHT:
+                            load_weights(weight, weight_wide, flags, k, w, 0)
+                        for e in range(V):
+                            sum_weight[j * V + e] += g[j * V + e] * r[j * V + e]
+                            sum_bias[j * V + e] += g[j * V + e]
+                            g[j * V + e] *= w[e]
+                            s1 += g[j * V + e]
+                            s2 += g[j * V + e] * r[j * V + e]
             if not flags & FIXED:
                 s1, s2 = sum_two(s1, s2, slots, turn, lane)
                 turn = 1 - turn

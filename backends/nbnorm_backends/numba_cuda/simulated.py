@@ -27,7 +27,7 @@ def execute(plan: Plan, inputs: dict[str, Any], *, seed: int = 0, element: Any =
     """
     element = inputs["x"].dtype if isinstance(inputs.get("x"), np.ndarray) else element
     real = np.float64 if element == np.float64 else np.float32
-    dtypes = {"element": element, "real": real, "int32": np.int32}
+    dtypes = {"element": element, "real": real, "int32": np.int32, "int64": np.int64}
     buffers = {
         name: np.zeros(each.size, dtypes[each.type]) if each.zero else simulator.empty(each.size, dtypes[each.type])
         for name, each in plan.buffers.items()

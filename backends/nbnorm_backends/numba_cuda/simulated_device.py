@@ -6,62 +6,113 @@ import ctypes
 import functools
 import inspect
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.devices import DeviceArray, Library
+from nbnorm.arrays import bfloat16
+from nbnorm.devices import DeviceArray, Library, allocates
 from nbnorm_backends.numba_cuda import simulator
-from nbnorm_backends.numba_cuda.device import HostMemory
+from nbnorm_backends.numba_cuda.device import HostMemory, Start
 from nbnorm_backends.numba_cuda.launch import POINTERS, REALS, VECTOR_BYTES, Variant
+from nbnorm_backends.numba_cuda.plans import Launch
 
 NOWHERE = 2**60  # no processor has such addresses: whoever reads one on the host is found at once
+LENT: dict[int, int] = {}  # host memory that stands for a device's: addresses and bytes, the newest last
 GRID, THREADS = 2**31 - 1, 1024  # the most that CUDA starts
 
 
 class Block:
-    """Memory at an address of the device; `array` holds what lies there, once it is asked for."""
+    """Bytes at an address of the device; they are there once they are asked for."""
 
-    def __init__(self, pointer: int, size: int, dtype: np.dtype[Any], zero: bool) -> None:
-        self.pointer, self.size, self._dtype, self._zero = pointer, size, dtype, zero
+    def __init__(self, pointer: int, size: int, *, zero: bool = False) -> None:
+        self.pointer, self.size, self._zero = pointer, size, zero
 
     @functools.cached_property
-    def array(self) -> NDArray[Any]:
-        return np.zeros(self.size, self._dtype) if self._zero else simulator.empty(self.size, self._dtype)
+    def content(self) -> NDArray[np.uint8]:
+        return np.full(self.size, 0 if self._zero else 255, np.uint8)
+
+    @functools.cached_property
+    def unwritten(self) -> NDArray[np.bool_]:
+        """Which bytes hold nothing."""
+        return np.full(self.size, not self._zero)
+
+    def fill(self, content: NDArray[np.uint8]) -> None:
+        self.content, self.unwritten = content, np.zeros(self.size, bool)
+
+    def part(self, begin: int, end: int, dtype: np.dtype[Any]) -> simulator.Fresh:
+        """The elements between two addresses, as the simulator takes them."""
+        inside = slice(begin - self.pointer, begin - self.pointer + (end - begin) // dtype.itemsize * dtype.itemsize)
+        found: simulator.Fresh = self.content[inside].view(dtype).view(simulator.Fresh)
+        found.unwritten = self.unwritten[inside][:: dtype.itemsize]
+        return found
 
 
 class SimulatedMemory(HostMemory, Library):
-    """Of a simulated device; as an array library, it computes with NumPy. New memory begins `shift` bytes behind a
-    multiple of 256."""
+    """Of a simulated device; as an array library, whose arrays are `DeviceArray`, it computes with NumPy. New arrays
+    begin `shift` bytes, or as many whole elements, behind a multiple of 256."""
 
     current = 7  # the stream
 
     def __init__(self, ordinal: int) -> None:
         self.device, self.shift = f"cuda:{ordinal}", 0
         self._next = NOWHERE * (ordinal + 1)
+        self._blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
 
     def stream(self) -> int:
         return self.current
 
+    def address(self, array: Any) -> int:
+        return array.pointer  # type: ignore[no-any-return]
+
+    def like(self, array: Any) -> Any:
+        order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        made = self.empty(array.transpose(order).shape, array.dtype)
+        return made.transpose(np.argsort(order))
+
+    @allocates
+    def block(self, size: int, *, zero: bool = False) -> tuple[Block, int]:
+        block = self._blocks[self._next] = Block(self._next, size, zero=zero)
+        self._next += -(-(size + 1) // 256) * 256
+        return block, block.pointer
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
         dtype = np.dtype(dtype)
-        block = Block(self._next, math.prod(shape) + self.shift // dtype.itemsize, dtype, zero)
-        self._next += -(-(block.size * dtype.itemsize + 1) // 256) * 256
-        return DeviceArray.of(self, block, block.pointer + self.shift, shape, None, dtype)
+        shift = self.shift // dtype.itemsize * dtype.itemsize
+        block, pointer = self.block(math.prod(shape) * dtype.itemsize + shift, zero=zero)
+        return DeviceArray.of(self, block, pointer + shift, shape, None, dtype)
+
+    def at(self, pointer: int, dtype: np.dtype[Any], others: Iterable[int]) -> DeviceArray:
+        """The array at an address, which goes on until the next of the others, or until the end of its block."""
+        block = next(
+            (each for each in self._blocks.values() if each.pointer <= pointer < each.pointer + each.size), None
+        )
+        if block is None:
+            begin, size = next(item for item in reversed(LENT.items()) if 0 <= pointer - item[0] < max(item[1], 1))
+            past = begin % VECTOR_BYTES  # the simulator counts from where an array begins
+            block = Block(begin - past, past + size)
+            lies = (ctypes.c_char * block.size).from_address(block.pointer)
+            block.fill(np.frombuffer(memoryview(lies).cast("B"), np.uint8))
+        end = min((each for each in others if each > pointer), default=block.pointer + block.size)
+        size = (min(end, block.pointer + block.size) - pointer) // dtype.itemsize
+        return DeviceArray.of(self, block, pointer, (size,), None, dtype)
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         made = self.empty(array.shape, array.dtype)
-        made.owner.array = np.concatenate((np.zeros(self.shift // array.itemsize, array.dtype), array.reshape(-1)))
+        made.owner.fill(
+            np.concatenate((np.zeros(made.owner.size - array.nbytes, np.uint8), array.reshape(-1).view(np.uint8)))
+        )
         return made
 
     def host(self, array: DeviceArray) -> NDArray[Any]:
         return self.native(array).copy()
 
     def native(self, array: DeviceArray) -> NDArray[Any]:
-        flat = array.owner.array
         begin = array.pointer - array.owner.pointer
-        return np.ndarray(array.shape, array.dtype, np.asarray(flat).view(np.uint8), begin, array.strides)
+        return np.ndarray(array.shape, array.dtype, array.owner.content, begin, array.strides)
 
     def converted(self, array: DeviceArray, dtype: DTypeLike) -> DeviceArray:
         return self.upload(np.array(self.native(array), dtype, order="C"))
@@ -97,29 +148,44 @@ class SimulatedDevice:
         self.launches: list[Record] = []
         self._run, self._seed = run, seed
 
-    def prepare(self, variant: Variant) -> None:
-        _factory(variant)
+    def bind(self, launches: tuple[Launch, ...]) -> Start:
+        made = [(launch, *_factory(launch.variant)) for launch in launches]
 
-    def launch(self, variant: Variant, grid: int, block: int, args: dict[str, Any], stream: int) -> None:
-        factory, names = _factory(variant)
-        assert set(names) == set(args), (variant.name, set(names) ^ set(args))
+        def start(stream: int, at: Mapping[str, int]) -> None:
+            for launch, factory, names in made:
+                self._start(launch, factory, names, stream, at)
+
+        return start
+
+    def _start(self, launch: Launch, factory: Any, names: tuple[str, ...], stream: int, at: Mapping[str, int]) -> None:
+        variant, grid, block = launch.variant, launch.grid, launch.block
+        assert set(names) == set(launch.args), (variant.name, set(names) ^ set(launch.args))
         assert 0 < grid <= GRID, (variant.name, grid)
         assert 0 < block <= min(THREADS, variant.bounds[0]), (variant.name, block)
+        args: dict[str, Any] = {}
         for name in names:
-            value = args[name]
+            value = launch.args[name]
             if name not in POINTERS:
                 assert isinstance(value, int | float), (name, value)
                 assert abs(value) < 2**63, (name, value)
             elif value is not None:
-                most = VECTOR_BYTES if variant.vector and POINTERS[name] == "element" else value.itemsize
-                assert value.flags.c_contiguous, (variant.name, name)
-                assert value.pointer % most == 0, (variant.name, name, value.pointer)
+                address, dtype = at[value], _dtype(variant, name)
+                most = VECTOR_BYTES if variant.vector and POINTERS[name] == "element" else dtype.itemsize
+                assert address % most == 0, (variant.name, name, address)
+                value = self.memory.at(address, dtype, at.values()) if address else None
+            args[name] = value
         self.launches.append(Record(variant, grid, block, args, stream))
         if self._run:
             real = np.float64 if variant.kind == "float64" else np.float32
-            memory: dict[int, NDArray[Any]] = {}
-            given = [real(args[name]) if name in REALS else _given(args[name], memory) for name in names]
+            parts: dict[int, simulator.Pointer] = {}
+            given = [real(args[name]) if name in REALS else _given(args[name], parts) for name in names]
             simulator.launch(factory, grid, block, given, seed=self._seed)
+
+
+def _dtype(variant: Variant, name: str) -> np.dtype[Any]:
+    """Of what an argument points to."""
+    kind = {"element": variant.kind, "real": variant.real}.get(POINTERS[name], POINTERS[name])
+    return bfloat16() if kind == "bfloat16" else np.dtype(kind)
 
 
 @functools.lru_cache
@@ -133,16 +199,14 @@ def _factory(variant: Variant) -> tuple[Any, tuple[str, ...]]:
     return factory, tuple(inspect.signature(factory(simulator.Cuda(one, one))).parameters)
 
 
-def _given(value: Any, memory: dict[int, NDArray[Any]]) -> Any:
-    """What the simulator takes for an argument: of host memory that stands for a device's an array at the address."""
+def _given(value: Any, parts: dict[int, simulator.Pointer]) -> Any:
+    """What the simulator takes for an argument; one address is one array."""
     if not isinstance(value, DeviceArray):
         return value
-    if isinstance(value.owner, Block):
-        return simulator.Pointer(value.owner.array, (value.pointer - value.owner.pointer) // value.itemsize)
-    past = value.pointer % VECTOR_BYTES  # the simulator counts from where an array begins
-    found = memory.get(value.pointer)
+    found = parts.get(value.pointer)
     if found is None:
-        buffer = (ctypes.c_char * (past + value.nbytes)).from_address(value.pointer - past)
-        lies = memoryview(buffer).cast("B")
-        found = memory[value.pointer] = np.ndarray(past // value.itemsize + value.size, value.dtype, lies)
-    return simulator.Pointer(found, past // value.itemsize)
+        past = value.pointer % VECTOR_BYTES  # the simulator counts from where an array begins
+        begin, end = value.pointer - past, value.pointer + value.nbytes
+        part = value.owner.part(begin, end, value.dtype)
+        found = parts[value.pointer] = simulator.Pointer(part, past // value.itemsize)
+    return found
