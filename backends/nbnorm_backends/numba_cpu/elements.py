@@ -45,6 +45,11 @@ def fuses_multiply_add() -> bool:
     return _instructions("fma")
 
 
+def widens_to_512_bits() -> bool:
+    """Whether `widest_vectors` makes vectors wider than 256 bits; on AArch64, of which that is not known, too."""
+    return _instructions("avx512f")
+
+
 def _instructions(name: str) -> bool:
     """Whether Numba makes code with this extension of x86; AArch64 has what it stands for, others count as without."""
     triple = llvmlite.binding.get_default_triple()
@@ -233,6 +238,39 @@ def widest_vectors(typing_context: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic(prefer_literal=True)
+def interleaved(typing_context: Any, function: Any, count: Any, vectors: Any, begin: Any, operands: Any) -> Any:
+    """function(begin + i, *operands) for every i below `count`, so many vectors in turn; both numbers are literals.
+
+    LLVM takes one vector after the other where a step is long, and reads the constants of an activation with each, for
+    which there are not registers enough. Metadata of the loop ask for more; Numba has no other way to write them.
+    """
+    called = function.get_call_type(typing_context, (types.intp, *operands.types), {})
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        step = context.get_function(function, called)
+        context.add_linking_libs(step.libs)
+        first, values, module = args[3], cgutils.unpack_tuple(builder, args[4]), builder.module
+        before, loop, behind = builder.block, *(builder.append_basic_block(name) for name in ("loop", "behind"))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        i = builder.phi(first.type)
+        i.add_incoming(first.type(0), before)
+        step(builder, (builder.add(first, i), *values))
+        following = builder.add(i, first.type(1))
+        i.add_incoming(following, builder.block)
+        again = builder.icmp_signed("<", following, first.type(count.literal_value))
+        name = ir.MetaDataString(module, "llvm.loop.interleave.count")
+        hint = module.add_metadata([name, I32(vectors.literal_value)])
+        own = module.add_metadata([hint, hint])
+        own.operands = own, hint  # the metadata of a loop hold themselves, by which LLVM knows them
+        builder.cbranch(again, loop, behind).set_metadata("llvm.loop", own)
+        builder.position_at_end(behind)
+        return context.get_dummy_value()
+
+    return types.void(function, count, vectors, begin, operands), generate
 
 
 def chosen(choose: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
