@@ -68,8 +68,8 @@ class NumpyArrays:
         """Called after the view of an array was written to, for kinds that keep count of it."""
 
     def key(self, array: Array) -> tuple[Any, ...] | None:
-        """Of an array on a device all that `view` and the checks of a call depend on, but its memory. None for others,
-        and for those that `view` refuses."""
+        """Of an array on a device all that `view` and the checks of a call depend on, but its memory; the shape comes
+        first. None for others, and for those that `view` refuses."""
         return None
 
 
@@ -284,6 +284,8 @@ class CupyArrays(NumpyArrays):
         return result.native()
 
     def key(self, array: Array) -> tuple[Any, ...] | None:
+        if array.data.ptr % array.itemsize:  # elements that must be copied first
+            return None
         return array.shape, array.strides, array.dtype, array.data.device_id
 
 

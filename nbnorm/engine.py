@@ -472,11 +472,11 @@ class Ran:
         return Grads._make(None if operand is None else zeros_like(operand.view) for operand in operands)
 
 
-def ran_before(call: Call, stats: tuple[Any, Any]) -> Ran:
-    """What `compute` leaves of a plain norm with an activation at most, which ran elsewhere with these statistics."""
+def ran_before(call: Call, backend: Backend, stats: tuple[Any, Any]) -> Ran:
+    """What `compute` leaves of a plain norm with an activation at most, which the backend ran before, with these
+    statistics."""
     placed = place(call)
     axes, plan = call.axes, placed.plan
-    backend = dispatch.select(request(call, plan), call.backend, placed.copies)
     bias = None if call.bias is None else view_param(call.bias.view, axes, plan)
     param_shape = plan.param_shape if _has_params(call) else None
     given = placed.five_axes(), *stats, _weight(call, plan), param_shape, call.fixed is not None, bias

@@ -59,8 +59,8 @@ class RememberedWithStatistics(Remembered):
 class RememberedVjp:
     """How to run again a call whose gradient is asked for."""
 
-    def __init__(self, remembered: Remembered, prepare: Callable[..., Call], call: Call) -> None:
-        self._remembered, self._prepare = remembered, prepare
+    def __init__(self, remembered: Remembered, prepare: Callable[..., Call], call: Call, backend: Backend) -> None:
+        self._remembered, self._prepare, self._backend = remembered, prepare, backend
         self._shape, self._dtype = call.x.view.shape, call.x.view.dtype
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Pullback] | None:
@@ -79,9 +79,10 @@ class RememberedVjp:
         return bool(flags.c_contiguous and flags.aligned)
 
     def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any], stats: tuple[Any, Any]) -> tuple[Call, Ran]:
-        """The call, and what a forward leaves that found these statistics."""
-        call = self._prepare(*args, **kwargs)
-        return call, ran_before(call, stats)
+        """The call, its arguments checked once more but for `out`, and what a forward leaves that found these
+        statistics."""
+        call = self._prepare(*args, **{name: arg for name, arg in kwargs.items() if name != "out"})
+        return call, ran_before(call, self._backend, stats)
 
 
 class RepeatedPullback(Pullback):
@@ -137,7 +138,7 @@ def key_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
             key += kind, arg
         elif (adapter := arrays.by_type.get(kind)) is not None:
             seen = adapter.key(arg)
-            if seen is None:
+            if seen is None or not seen[0]:
                 return None
             key += kind, seen
         elif isinstance(arg, Backend):
@@ -175,15 +176,20 @@ def remember_vjp(
     """The same of a call whose gradient is asked for, which has not run yet: what it is to be run by."""
     if key is None or not isinstance(call, Call) or call.op == "moments" or dispatch.traced():
         return None
-    again = repeated_vjp(call) if on_host(call.x.view) else None
-    if again is None:
+    again, backend = repeated_vjp(call) if on_host(call.x.view) else (None, None)
+    if again is None or backend is None:
+        _keep(key, _not_repeated)
         return None
-    found = RememberedVjp(_remembered(again, _lies_apart, op, args, kwargs, call), prepare, call)
+    found = RememberedVjp(_remembered(again, _lies_apart, op, args, kwargs, call), prepare, call, backend)
     _keep(key, found)
     return found
 
 
-def _keep(key: tuple[Any, ...], found: Remembered | RememberedVjp) -> None:
+def _not_repeated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What is remembered of a call of which it is known that it must be checked: to find that out costs 30 us."""
+
+
+def _keep(key: tuple[Any, ...], found: Callable[..., Any]) -> None:
     calls = dispatch.registry.calls
     if len(calls) >= MOST:
         calls.clear()
@@ -248,18 +254,19 @@ def repeated_with_statistics(call: Call) -> Again | None:
     return _of_library(call, again)
 
 
-def repeated_vjp(call: Call) -> Again | None:
-    """The same of either kind, for a call whose gradient is asked for, as `Backend.repeated_vjp` says."""
+def repeated_vjp(call: Call) -> tuple[Again | None, Backend | None]:
+    """The same of either kind, for a call whose gradient is asked for, as `Backend.repeated_vjp` says, and the backend
+    that does it."""
     statistics = _statistics(call)
     ready = _ready(call, (call.x, call.weight, call.bias, call.out, *(statistics or ())))
     if ready is None:
-        return None
+        return None, None
     placed, backend, epilogue = ready
     keys: dict[str, Any] = {"center": call.center, "epilogue": epilogue, "shape": call.x.view.shape}
     if statistics is not None:
         keys["statistics"] = tuple(stat.view for stat in statistics)
         keys["momentum"] = None if call.running is None else call.running.momentum
-    return backend.repeated_vjp(placed.five_axes(), *_params(call, placed.plan), call.eps, **keys)
+    return backend.repeated_vjp(placed.five_axes(), *_params(call, placed.plan), call.eps, **keys), backend
 
 
 def bound(call: Call) -> Again | None:
@@ -307,6 +314,8 @@ def _ready(call: Call, operands: tuple[Operand | None, ...]) -> tuple[engine.Pla
     if placed.copied or not all(operand is None or _lies_well(operand, call, placed.plan) for operand in operands):
         return None
     decision = dispatch.decide(engine.request(call, placed.plan), call.backend)
+    if decision.chosen is None:
+        return None
     return placed, dispatch.backend_of(decision, call.backend), Epilogue(call.activation, call.order)
 
 

@@ -144,6 +144,11 @@ def test_units_in_float32(activation: str, backend: str) -> None:
     assert np.isnan(found[:, 0]).all()
     assert found[0, 1] == (1.0 if activation in ("sigmoid", "tanh") else np.inf)
     np.testing.assert_allclose(found[:, 2:], np.broadcast_to(np.array(at_zero)[:, None], (2, 3)), atol=2e-39)
+    if activation == "gelu":
+        distant = np.array([-np.inf, -1e30, -100, -13.5], np.float32)
+        found = np.ones((2, distant.size), np.float32)
+        both(TAGS[activation], distant, *found)
+        np.testing.assert_array_equal(found, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

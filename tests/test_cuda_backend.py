@@ -818,6 +818,14 @@ def drawn(torch: Any, *shape: int, dtype: str, seed: int = 0) -> Any:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(getattr(torch, dtype))
 
 
+def test_a_tensor_of_no_axes_is_a_number(torch: Any) -> None:
+    """Of another value it makes another call, though nothing else of it differs."""
+    x = drawn(torch, 3, 8, 4, dtype="float32")
+    expected = {groups: nbnorm.group_norm(x, groups) for groups in (2, 4)}
+    for groups, wanted in expected.items():
+        assert torch.equal(nbnorm.group_norm(x, torch.tensor(groups)), wanted)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_tensors_of_torch(torch: Any, dtype: str) -> None:
     x, dy = (drawn(torch, 3, 4, 5, 8, dtype=dtype, seed=seed) for seed in (1, 2))
@@ -947,6 +955,15 @@ def read(array: Any) -> Any:
     """What lies there."""
     raw = (ctypes.c_char * array.nbytes).from_address(array.data.ptr)
     return np.ndarray(array.shape, array.dtype, raw, 0, array.strides)
+
+
+def test_calls_of_unaligned_arrays_of_cupy_are_not_remembered() -> None:
+    """A kernel cannot read them: they are copied each time."""
+    pytest.importorskip("cupy", reason="cupy is not installed (it comes with the test-all extra)")
+    array = HostCupy(0).made(np.zeros(100, np.uint8))
+    key = arrays.CupyArrays().key
+    assert key(array[1:97].view("f4")) is None
+    assert key(array[4:100].view("f4")) == ((24,), (4,), np.float32, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

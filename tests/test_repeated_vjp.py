@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +13,7 @@ import pytest
 import nbnorm
 from nbnorm.dispatch import registry
 from nbnorm.operation import prepared
+from nbnorm.repeat import RememberedVjp
 from oracle import norm
 from test_plan import CALLS, OTHER, ROW_B, ROW_W, B, W, X
 
@@ -56,7 +59,8 @@ def test_later_gradients_have_the_same_bits(name: str, backend: str) -> None:
     y, pullback = checked(op, OTHER, keys)
     expected = pullback(DY)
     nbnorm.vjp(op, X, **keys)
-    assert len(registry.calls) == (backend == "numba" and name != "layer over axis 1")  # weights along r
+    (found,) = registry.calls.values()
+    assert isinstance(found, RememberedVjp) == (backend == "numba" and name != "layer over axis 1")  # weights along r
     out = np.empty_like(X)
     for more in ({}, {}, {"out": out}, {"out": out}):
         ours, again = nbnorm.vjp(op, OTHER, **keys, **more)
@@ -174,3 +178,72 @@ def test_a_large_array_is_shared_by_threads(backend: str) -> None:
             for _ in range(2):
                 ours, again = nbnorm.vjp(nbnorm.layer_norm, x, **keys)
                 same_bits((ours, *again(dy)), (y, *pullback(dy)))
+
+
+class Reluctant(nbnorm.Backend):
+    """Refuses all."""
+
+    name = "reluctant"
+
+    def reject(self, request: Any) -> str:
+        return "not today"
+
+    def moments(self, *args: Any, **keys: Any) -> Any: ...
+    def apply(self, *args: Any, **keys: Any) -> Any: ...
+    def backward_sums(self, *args: Any, **keys: Any) -> Any: ...
+    def backward_apply(self, *args: Any, **keys: Any) -> Any: ...
+
+
+def test_a_refusal_is_not_passed_by() -> None:
+    for _ in range(2):
+        with pytest.raises(nbnorm.BackendError, match="not today"):
+            nbnorm.vjp(nbnorm.layer_norm, X, 3, backend=Reluctant())
+        with pytest.raises(nbnorm.BackendError, match="backend 'nowhere'"):
+            nbnorm.vjp(nbnorm.layer_norm, X, 3, backend="nowhere")
+
+
+def test_a_pullback_keeps_its_backend(backend: str) -> None:
+    """Whatever dy it gets, and wherever it is called."""
+    w = ROW_W * np.float32(1.1)
+    with nbnorm.use_backend(backend):
+        _, pullback = nbnorm.vjp(nbnorm.layer_norm, X, 3, w)
+        expected = pullback(DY)
+    other = "numpy" if backend == "numba" else "numba"
+    with nbnorm.use_backend(other), nbnorm.trace() as decisions:
+        same_bits(pullback(np.asfortranarray(DY)), expected)
+    assert decisions == []
+
+
+def test_out_may_become_read_only(backend: str) -> None:
+    out = np.empty_like(X)
+    _, pullback = nbnorm.vjp(nbnorm.layer_norm, X, 3, out=out, backend=backend)
+    out.flags.writeable = False
+    same_bits(pullback(np.asfortranarray(DY)), pullback(DY))
+
+
+def test_a_subclass_has_steps_of_its_own() -> None:
+    pytest.importorskip("numba")
+    from nbnorm_backends.numba_cpu.backend import NumbaBackend
+
+    class Doubling(NumbaBackend):
+        def backward(self, *args: Any, **keys: Any) -> Any:
+            grads = super().backward(*args, **keys)
+            return grads._replace(x=grads.x * 2)
+
+    expected = nbnorm.vjp(nbnorm.layer_norm, X, 3, backend="numba")[1](DY).x * 2
+    for _ in range(2):
+        _, pullback = nbnorm.vjp(nbnorm.layer_norm, X, 3, backend=Doubling())
+        np.testing.assert_array_equal(pullback(DY).x, expected)
+
+
+def test_large_arrays_for_what_is_not_given_are_not_kept() -> None:
+    pytest.importorskip("numba")
+    x = np.ones((2, 1 << 17), "f4")
+    nbnorm.layer_norm(x, 1 << 17, bias=x[0], backend="numba")
+    tracemalloc.start()
+    try:
+        nbnorm.layer_norm(x + 1, 1 << 17, bias=x[0], backend="numba")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1 << 18
+    finally:
+        tracemalloc.stop()

@@ -113,7 +113,7 @@ class _Constants:
     lowest: float  # -bias * ln(2): exp of it is 0 in place of a denormal
     flat: float  # tanh(x / 2) of more rounds to 1
     coth: tuple[float, ...]  # r * coth(r / 2) for |r| <= ln(2) / 2, in r**2
-    farthest: float  # the normal tail beyond it counts as the one there
+    farthest: float  # the normal tail counts as 0 from there on
     low_bits: int  # cleared in the factor of a square that shall be exact
 
 
@@ -297,15 +297,20 @@ def _normal_tail(x: Real) -> tuple[Real, Real, Real, Real, float]:
     return far, _polynomial(r, r * r, BELL), shifted, quotient, PHI_0 / MILLS_SCALE
 
 
+def _near(far: Real, value: Real) -> Real:
+    """The value; 0 where the normal tail counts as 0."""
+    return far.where(">=", _constants(far).farthest, 0.0, value)
+
+
 def _gelu(z: Real) -> Real:
     """max(z, 0) - abs(z) * tail"""
     far, bell, shifted, mills, _ = _normal_tail(z)
-    return z.where("<", 0.0, 0.0, z) - bell * _scaled(far, shifted) * mills
+    return z.where("<", 0.0, 0.0, z) - _near(far, bell * _scaled(far, shifted) * mills)
 
 
 def _gelu_slope(z: Real) -> Real:
     far, bell, shifted, mills, scale = _normal_tail(z)
-    bell = _scaled(bell, shifted)
+    bell = _near(far, _scaled(bell, shifted))
     small = bell * mills - far * (bell * scale)
     return z.where("<", 0.0, small, 1.0 - small)
 

@@ -33,9 +33,14 @@ Result = Callable[[Array, Array, Array | None, Array | None, Array], Any]
 Merge = Callable[[Any, Array | None], Array | None]
 
 
+LARGEST_ABSENT = 1 << 16  # ones or zeros that are kept for a weight or a bias that is not given
+
+
 def parameter_views(x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Array] | None:
-    """weight and bias as kernels take them, if that takes no conversion."""
+    """weight and bias as kernels take them, if that takes no conversion, and of one that is missing no large array."""
     found = parameters(x, weight, bias)
+    if (weight is None or bias is None) and found[0].size > LARGEST_ABSENT:
+        return None
     for given, view in zip((weight, bias), found, strict=True):
         if given is not None and not (given.size == view.size and np.may_share_memory(given, view)):
             return None

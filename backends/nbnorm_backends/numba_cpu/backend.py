@@ -143,8 +143,9 @@ class NumbaBackend(WholeOps, Backend):
     def _normalizes(
         self, x: Array, weight: Array | None, bias: Array | None, epilogue: Epilogue, **keys: Any
     ) -> again.Normalize | None:
-        """What runs a call again with less to do; None where nothing does."""
-        if not isinstance(self.scheduler, Pool):
+        """What runs a call again with less to do; None where nothing does, or a subclass has steps of its own."""
+        own = type(self).forward is NumbaBackend.forward and type(self).backward is NumbaBackend.backward
+        if not (own and isinstance(self.scheduler, Pool)):
             return None
         options = options_of(None, epilogue)
         if _family(x) is columns:

@@ -171,9 +171,9 @@ class CudaDevice:
         launch, get_current, context = self._core.launch, self._driver.cuCtxGetCurrent, int(self._context)
 
         def start(stream: int, at: Mapping[str, int]) -> None:
-            on = self._stream(stream)
             started = 0
             try:
+                on = self._stream(stream)
                 if int(get_current()[1]) != context:
                     with self.current():
                         start(stream, at)
