@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,13 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """In place of this one's GPUs; arrays on it are those of `Tensor`."""
     return install(monkeypatch, Machine())
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> Iterator[None]:
+    """What was decided of a machine of a test's is not of the next."""
+    yield
+    dispatch.registry._forget()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, machine: Machine, kind: Any = None) -> Machine:

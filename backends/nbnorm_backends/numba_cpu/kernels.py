@@ -81,7 +81,9 @@ STRIDE = 64  # elements of a loop of known length, and between two batches of pr
 VECTORS = 1 if widens_to_512_bits() else 4
 LONG = 256  # elements from which rows are cut into such loops without prefetches too; of 64, rows of 48 take 1.17
 ROWS = 8  # of columns whose sums stay in registers
-PIECE = 2048  # elements that are summed in one loop in float64: errors of longer sums of few values do not cancel
+# Elements that are summed in one loop in float64: errors of longer sums of few values do not cancel. Of vectors of half
+# the width there are half as many sums.
+PIECE = 2048 if widens_to_512_bits() else 1024
 SINGLE_PIECE = 512  # the same in float32
 FLUSH = 32  # rows whose sums lie in float32 before they go to float64
 BATCH = 8  # groups, at most, whose sums come before the first of them is written: layer norm (32768, 16) takes 0.87 of
