@@ -467,7 +467,7 @@ def test_prange_is_chosen_by_the_environment_and_refused_in_a_child() -> None:
         import numba
         expected = work()
         backend = nbnorm.dispatch.registry.load("numba")
-        print(type(backend.scheduler).__name__, numba.threading_layer())
+        print(type(backend.scheduler).__name__, numba.threading_layer(), flush=True)
         pid = os.fork()
         if not pid:
             decision = nbnorm.explain(nbnorm.batch_norm, x, training=True)
