@@ -137,7 +137,9 @@ def unpack(revision: str, root: Path, folder: Path) -> Path:
     if archive.returncode:
         raise GateError(f"{revision!r} is no revision of {root}: {archive.stderr.decode().strip()}")
     with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            files.extraction_filter = tarfile.data_filter
+        files.extractall(folder)
     return folder
 
 
