@@ -196,7 +196,6 @@ def differentiates_runs(
     five = view.shape
     seen = _seen(x, five)
     groups, chunks, shares, allocate = cut_backward(x, w, param_shape)
-    size = 2, max(shares, 1), *(four if shares else (0,) * len(four))
     leap, find, total = leap_of(pool, x, 3), not fixed or shares > 0, five[0] * five[2]
     parallel, large = x.size > TUNING.serial, x.nbytes >= outputs.STREAM_RUNS_BACKWARD
 
@@ -205,7 +204,7 @@ def differentiates_runs(
         found = groups, leap, dy, x, w, b, center, fixed, find, table, np.zeros((2, total)), None, None
         return *found, options.before, options.after, None, grads[0], grads[1], None, stream, dx
 
-    sample, table, grads = runs_view(np.empty(x.shape, dtype)), np.empty((STATISTICS, total)), allocate(size)
+    sample, table, grads = runs_view(np.empty(x.shape, dtype)), np.empty((STATISTICS, total)), allocate()
     given = arguments(view, view, w, b, table, grads, sample)
     signature = tuple(map(typeof, (np.zeros(1, np.int64), ALONE, chunks, *given)))
     ones, zeros = _absent(weight, w), _absent(bias, b)
@@ -217,7 +216,7 @@ def differentiates_runs(
         return work.compile(signature)
 
     def differentiate(dy: Array, x: Array, weight: Array | None, bias: Array | None, table: Array) -> Grads:
-        dx, grads = empty(shape, dtype), allocate(size)
+        dx, grads = empty(shape, dtype), allocate()
         own = ones if weight is None else weight.reshape(four), zeros if bias is None else bias.reshape(four)
         run, args = compiled(), arguments(seen(dy), seen(x), *own, table, grads, seen(dx))
         if parallel:

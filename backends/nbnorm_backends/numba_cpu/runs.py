@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,8 @@ def backward(
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
     w, b = parameters(x, weight, bias, param_shape)
-    groups, chunks, shares, empty = cut_backward(x, w, param_shape)
-    grads = empty((2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)))
+    groups, chunks, shares, allocate = cut_backward(x, w, param_shape)
+    grads = allocate()
     found = (
         groups,
         leap_of(scheduler, x, 3),
@@ -91,7 +92,7 @@ def backward(
 
 
 def cut_backward(x: Array, w: Array, param_shape: tuple[int, ...] | None) -> tuple[int, int, int, Callable[..., Array]]:
-    """Groups of a chunk, chunks, shares of the gradients of weight and bias, and what makes the array of these."""
+    """Groups of a chunk, chunks, shares of the gradients of weight and bias, and what makes the array of both."""
     total, once = x.shape[0] * x.shape[2], x.shape[0] == 1
     if param_shape is None or once:
         groups = cuts.groups_per_chunk(x.size, total)
@@ -100,7 +101,8 @@ def cut_backward(x: Array, w: Array, param_shape: tuple[int, ...] | None) -> tup
     chunks = cuts.parts(total, groups)
     # With one sample no two groups share parameters, so one share of their gradients serves all chunks.
     shares = 0 if param_shape is None else 1 if once else chunks
-    return groups, chunks, shares, np.empty if shares > 1 else np.zeros
+    size = 2, max(shares, 1), *(w.shape if shares else (0,) * w.ndim)
+    return groups, chunks, shares, partial(np.empty if shares > 1 else np.zeros, size)
 
 
 def leap_of(scheduler: Scheduler, x: Array, arrays: int) -> int:
