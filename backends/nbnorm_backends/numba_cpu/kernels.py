@@ -170,23 +170,23 @@ def affine(x, ahead, power, mean, scale, low, w, b, residual, mask, before, afte
     for begin in range(0, whole, STRIDE):
         if ahead.size:
             touch(ahead, begin, STRIDE)
-        affine_block(begin, before, after, operands)
+        block_of(affine_at, before, after, begin, operands)
     for i in range(whole, x.size):
         affine_at(i, *operands)
 
 
-def plain_block(begin, before, after, operands):
+def plain_block(step, before, after, begin, operands):
     for i in range(STRIDE):
-        affine_at(begin + i, *operands)
+        step(begin + i, *operands)
 
 
-def curved_block(begin, before, after, operands):
-    interleaved(affine_at, STRIDE, VECTORS, begin, operands)
+def curved_block(step, before, after, begin, operands):
+    interleaved(step, STRIDE, VECTORS, begin, operands)
 
 
 @chosen
-def affine_block(begin, before, after, operands):
-    """`affine` of STRIDE elements."""
+def block_of(step, before, after, begin, operands):
+    """`step` of STRIDE elements from `begin` on."""
     return curved_block if curved(before, after) and VECTORS > 1 else plain_block
 
 
@@ -293,24 +293,9 @@ def backward_affine(
         if x_ahead.size:
             touch(dy_ahead, begin, STRIDE)
             touch(x_ahead, begin, STRIDE)
-        backward_affine_block(begin, before, after, (dy, x, *factors, dx))
+        block_of(backward_affine_at, before, after, begin, (dy, x, *factors, dx))
     for i in range(whole, x.size):
         backward_affine_at(i, dy, x, *factors, dx)
-
-
-def plain_backward_block(begin, before, after, operands):
-    for i in range(STRIDE):
-        backward_affine_at(begin + i, *operands)
-
-
-def curved_backward_block(begin, before, after, operands):
-    interleaved(backward_affine_at, STRIDE, VECTORS, begin, operands)
-
-
-@chosen
-def backward_affine_block(begin, before, after, operands):
-    """`backward_affine` of STRIDE elements."""
-    return curved_backward_block if curved(before, after) and VECTORS > 1 else plain_backward_block
 
 
 @ROW
