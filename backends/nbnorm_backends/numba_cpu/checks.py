@@ -23,19 +23,19 @@ Kind = tuple[str, Callable[[Any], bool]]  # of an array, in words and as a condi
 # ---- x, which comes first: what the other checks are given is taken from its shape -----------------------------------
 
 
-@chosen
+@chosen(counted=True)
 def check_x(x):
     """With an axis at least."""
     return _checked_x(x, 1)
 
 
-@chosen
+@chosen(counted=True)
 def check_channels(x):
     """With channels on axis 1."""
     return _checked_x(x, 2)
 
 
-@chosen
+@chosen(counted=True)
 def check_space(x):
     """With channels on axis 1, and space."""
     return _checked_x(x, 3)

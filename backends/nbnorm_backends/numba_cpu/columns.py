@@ -18,7 +18,7 @@ from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs
 from nbnorm_backends.numba_cpu.activations import IDENTITY, Tag
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.kernels import NEAR_PIVOT, NEAR_ZERO
-from nbnorm_backends.numba_cpu.options import Joined, Options
+from nbnorm_backends.numba_cpu.options import Joined, Options, with_rows
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -49,8 +49,9 @@ class Grid:
         return None if array is None else self.view(array)
 
     def options(self, options: Options) -> tuple[Any, ...]:
-        """residual, mask (n, r, w), before, after, as kernels take them; each axis of the mask is 1 or full."""
-        return self.optional(options.residual), self._mask(options.mask), options.before, options.after
+        """residual, mask (n, r, w) with rows, before, after, as kernels take them; each axis of a mask is 1 or full."""
+        mask = with_rows(self._mask(options.mask), self.shape[2])
+        return self.optional(options.residual), mask, options.before, options.after
 
     def _mask(self, mask: Array | None) -> Array | None:
         if mask is None:
@@ -185,8 +186,8 @@ def _pivot(grid: Grid, mask: Array | None, before: Tag, x: Array, joined: Joined
         merging.means_of_first(x.reshape(grid.shape), pivot)
         return pivot
     found = np.zeros_like(pivot)
-    one = read_only(np.ones((1, 1, 1), np.uint8)) if mask is None else mask
-    grid.run(kernels.columns_pivot, grid.view(x), one, before, pivot, found, whole_columns=True)
+    every = with_rows(read_only(np.ones((1, 1, 1), np.uint8)), grid.shape[2])
+    grid.run(kernels.columns_pivot, grid.view(x), mask or every, before, pivot, found, whole_columns=True)
     return pivot
 
 

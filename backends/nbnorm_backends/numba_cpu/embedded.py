@@ -18,7 +18,18 @@ from nbnorm_backends.numba_cpu import cuts, kernels, merging
 from nbnorm_backends.numba_cpu.activations import IDENTITY
 from nbnorm_backends.numba_cpu.checks import check_backward, check_forward
 from nbnorm_backends.numba_cpu.elements import chosen, optional
-from nbnorm_backends.numba_cpu.kernels import COUNT, KERNEL, M2, MEAN, NEAR_PIVOT, NEAR_ZERO, PLAIN, RSTD, STATISTICS
+from nbnorm_backends.numba_cpu.kernels import (
+    ALLOCATES,
+    COUNT,
+    KERNEL,
+    M2,
+    MEAN,
+    NEAR_PIVOT,
+    NEAR_ZERO,
+    PLAIN,
+    RSTD,
+    STATISTICS,
+)
 
 # Inlined before types are inferred: for each function on the way to kernels LLVM goes once more through all of them.
 # What it is given as True or False has a type of its own then, for which kernels would be compiled anew: hence bool().
@@ -73,7 +84,7 @@ def channel_axes(x):
 # ---- what may be None ------------------------------------------------------------------------------------------------
 
 
-@chosen
+@chosen(counted=True)
 def parameter(x, param, others, shape, absent):
     """The parameter in that shape; one number for a run where the others, which belong to it, are missing too."""
     if not isinstance(param, types.NoneType):
@@ -83,7 +94,7 @@ def parameter(x, param, others, shape, absent):
     return lambda x, param, others, shape, absent: np.full(shape, absent, x.dtype)
 
 
-@optional(lambda param: np.empty(0))
+@optional(lambda param: np.empty(0), counted=True)
 def widened(param):
     return param.astype(np.float64)
 
@@ -109,7 +120,7 @@ def gradients(dweight, dbias, size):
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
-@PLAIN
+@ALLOCATES
 def statistics_of(mean, rstd, count):
     """The array of statistics (5, groups) with these."""
     stats = np.zeros((STATISTICS, rstd.size))
@@ -213,13 +224,13 @@ def columns_backward(dy, x, weight, fixed, mean, rstd, dx, dweight, dbias):
     save(dbias, total[1])
 
 
-@chosen
+@chosen(counted=True)
 def if_single(x, value):
     """None for float64, which has no need of powers of two."""
     return (lambda x, value: None) if x.dtype == types.float64 else lambda x, value: value
 
 
-@chosen
+@chosen(counted=True)
 def first_pivot(x, pivot):
     """None for float32, whose sums are first taken about zero."""
     if x.dtype != types.float64:

@@ -32,7 +32,8 @@ from numba import njit, types
 from nbnorm_backends.numba_cpu.activations import activate, curved, slope
 from nbnorm_backends.numba_cpu.cache import sealed
 from nbnorm_backends.numba_cpu.elements import (
-    INNER,
+    COUNTED,
+    UNCOUNTED,
     at_like,
     borrowed,
     chosen,
@@ -45,7 +46,10 @@ from nbnorm_backends.numba_cpu.elements import (
     optional,
     plus,
     put,
+    row_at,
+    span,
     store,
+    summed,
     times,
     touch,
     widens_to_512_bits,
@@ -54,10 +58,12 @@ from nbnorm_backends.numba_cpu.elements import (
 
 # Reductions may be reordered into vector lanes; nothing may assume away NaN and Inf. fastmath=True, "nnan" and
 # "ninf" break them, "arcp" turns x / denormal into infinity.
-REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, **INNER)
-PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **INNER)
-# For steps within a row, which a call would slow down.
-ROW = njit(fastmath={"contract"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
+REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, **UNCOUNTED)
+PLAIN = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **UNCOUNTED)
+ALLOCATES = njit(fastmath={"contract"}, error_model="numpy", nogil=True, **COUNTED)
+# For steps within a row, which a call would slow down; and for what returns a row.
+RETURNS = njit(error_model="numpy", nogil=True, forceinline=True, **COUNTED)
+ROW = njit(fastmath={"contract"}, error_model="numpy", nogil=True, forceinline=True, **UNCOUNTED)
 
 
 def KERNEL(function):
@@ -79,6 +85,9 @@ STRIDE = 64  # elements of a loop of known length, and between two batches of pr
 # Vectors that an activation is computed of in turn. With 256 bits, and 16 registers, 4 take 0.74 to 0.94 of the time of
 # one, in cache and out of it; 8 take 0.70 to 1.03. With 512 bits, and twice the registers, that is not measured.
 VECTORS = 1 if widens_to_512_bits() else 4
+# Elements that the sums of a gradient take at once. LLVM takes as many as a register has of the widest type, float64: 4
+# with 256 bits, where these 8 take 0.91 to 0.99 of the time; 8 with 512 bits.
+LANES = 8
 LONG = 256  # elements from which rows are cut into such loops without prefetches too; of 64, rows of 48 take 1.17
 ROWS = 8  # of columns whose sums stay in registers
 # Elements that are summed in one loop in float64: errors of longer sums of few values do not cancel. Of vectors of half
@@ -220,23 +229,25 @@ def backward_piece(x):
     return (lambda x: SINGLE_PIECE) if x.dtype.bitwidth == 16 else lambda x: PIECE
 
 
-@REDUCE
+@ROW
+def backward_terms(i, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db):
+    """What one element adds to `backward_sums`."""
+    g, v = at_like(scale, dy, i), at_like(scale, x, i)
+    d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
+    increase(dw, i, t * plus(d * at_like(scale, scale, i), low, i))
+    increase(db, i, t)
+    term = at_like(sum_of(x), times(t, weights, i), i)
+    return term, term * at_like(term, d, i)
+
+
+@PLAIN
 def piece_backward_sums(
     begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db
 ):
     """`backward_sums` of the elements [begin, end)."""
     widest_vectors()
-    s = sum_of(x)
-    q = sum_of(x)
-    for i in range(begin, end):
-        g, v = at_like(scale, dy, i), at_like(scale, x, i)
-        d, t = gradient_at(i, g, v, dy, x, power, mean, scale, low, w, b, residual, mask, before, after)
-        increase(dw, i, t * plus(d * at_like(scale, scale, i), low, i))
-        increase(db, i, t)
-        t = times(t, weights, i)
-        s += t
-        q += t * at_like(s, d, i)
-    return s, q
+    operands = dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db
+    return summed(backward_terms, LANES, begin, end, operands)
 
 
 @PLAIN
@@ -312,60 +323,40 @@ def backward_affine_at(
 
 
 # ---- rows of what may be None ----------------------------------------------------------------------------------------
-# A mask has the axes of x, each 1 or full. Where its row has length 1, one of two constant rows stands for it.
+# A mask is a pair: flags with the axes of x, each 1 or full, and where their rows have length 1 and those of x more, a
+# row of zeros and one of ones, of which one stands for such a row; else none.
 
 
-@optional(lambda mask, size: None)
-def constant_rows(mask, size):
-    """A row of zeros and one of ones, for a mask that has no row of that length."""
-    rows = np.zeros((2, size), np.uint8)
-    rows[1] = 1
-    return rows
-
-
-@optional(lambda mask, constant, i, k, j, m: None)
-def mask_run(mask, constant, i, k, j, m):
+@optional(lambda mask, i, k, j, m: None, counted=True)
+def mask_run(mask, i, k, j, m):
     """The row of a mask (n, r, g, c, s) for one run."""
-    row = mask[
-        i if mask.shape[0] > 1 else 0,
-        k if mask.shape[1] > 1 else 0,
-        j if mask.shape[2] > 1 else 0,
-        m if mask.shape[3] > 1 else 0,
-    ]
-    return row if row.size == constant.shape[1] else constant[1 if row[0] else 0]
+    flags, constant = mask
+    i, k = i if flags.shape[0] > 1 else 0, k if flags.shape[1] > 1 else 0
+    j, m = j if flags.shape[2] > 1 else 0, m if flags.shape[3] > 1 else 0
+    own = row_at(flags, (i, k, j, m))
+    return row_at(constant, (1 if own[0] else 0,)) if constant.size else own
 
 
-@optional(lambda mask, constant, i, k, begin, end: None)
-def mask_row(mask, constant, i, k, begin, end):
+@optional(lambda mask, i, k, begin, end: None, counted=True)
+def mask_row(mask, i, k, begin, end):
     """The part of a mask (n, r, w) for one row of columns."""
-    row = mask[i if mask.shape[0] > 1 else 0, k if mask.shape[1] > 1 else 0]
-    return row[begin:end] if row.size > 1 else constant[1 if row[0] else 0, : end - begin]
+    flags, constant = mask
+    own = row_at(flags, (i if flags.shape[0] > 1 else 0, k if flags.shape[1] > 1 else 0))
+    return span(row_at(constant, (1 if own[0] else 0,)), 0, end - begin) if constant.size else span(own, begin, end)
 
 
-@ROW
-def param_run(param, k, j, m):
-    """What of a parameter belongs to a run: a number of (r or 1, g, c), a row of (r or 1, g, c, s)."""
+def param_number(param, k, j, m):
     return param[k if param.shape[0] > 1 else 0, j, m]
 
 
-@optional(lambda array, i, k, j, m: None)
-def run_of(array, i, k, j, m):
-    return array[i, k, j, m]
+def param_row(param, k, j, m):
+    return row_at(param, (k if param.shape[0] > 1 else 0, j, m))
 
 
-@optional(lambda array, i, k, begin, end: None)
-def row_of(array, i, k, begin, end):
-    return array[i, k, begin:end]
-
-
-@optional(lambda row, begin, end: None)
-def slice_of(row, begin, end):
-    return row[begin:end]
-
-
-@optional(lambda array, i, begin, end: None)
-def part_of(array, i, begin, end):
-    return array[i, begin:end]
+@chosen(counted=True)
+def param_run(param, k, j, m):
+    """What of a parameter belongs to a run: a number of (r or 1, g, c), a row of (r or 1, g, c, s)."""
+    return param_row if param.ndim > 3 else param_number
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -387,15 +378,15 @@ def first_sums(mask, before, x, first, origin):
     return count, total
 
 
-def no_pivot(x, mask, constant, before, i, j, center):
+def no_pivot(x, mask, before, i, j, center):
     """None: of narrower types sums about zero lose little."""
     return None
 
 
-def mean_of_first(x, mask, constant, before, i, j, center):
+def mean_of_first(x, mask, before, i, j, center):
     for k in range(x.shape[1] if center else 0):
         for m in range(x.shape[3]):
-            row, valid = x[i, k, j, m], mask_run(mask, constant, i, k, j, m)
+            row, valid = x[i, k, j, m], mask_run(mask, i, k, j, m)
             first = first_valid(valid)
             if first < row.size:
                 origin = activate(before, x, load(row, first))
@@ -405,7 +396,7 @@ def mean_of_first(x, mask, constant, before, i, j, center):
 
 
 @chosen
-def pivot_of(x, mask, constant, before, i, j, center):
+def pivot_of(x, mask, before, i, j, center):
     """What the group (n, g) = (i, j) is summed about at first: of equal values that value, exactly; 0 without `center`.
 
     For float64 the mean of its first elements that count, which is nearer to that of all than a single one: less is
@@ -420,45 +411,45 @@ def farthest(x):
     return (lambda x: NEAR_PIVOT) if x.dtype == types.float64 else lambda x: NEAR_ZERO
 
 
-@optional(lambda mask, constant, x, i, j: group_size(x))
-def count_valid(mask, constant, x, i, j):
+@optional(lambda mask, x, i, j: group_size(x))
+def count_valid(mask, x, i, j):
     """Elements of the group (i, j) that count."""
     total = 0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            total += valid_in(mask_run(mask, constant, i, k, j, m))
+            total += valid_in(mask_run(mask, i, k, j, m))
     return np.float64(total)
 
 
 @PLAIN
-def group_sums(x, mask, constant, before, i, j, pivot):
+def group_sums(x, mask, before, i, j, pivot):
     """`sums` over the group (i, j)."""
     s = 0.0
     q = 0.0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            ds, dq = sums(x[i, k, j, m], pivot, mask_run(mask, constant, i, k, j, m), before)
+            ds, dq = sums(x[i, k, j, m], pivot, mask_run(mask, i, k, j, m), before)
             s += ds
             q += dq
     return s, q
 
 
 @ROW
-def group_moments(x, mask, constant, before, i, j, center, eps, p, stats):
+def group_moments(x, mask, before, i, j, center, eps, p, stats):
     """Statistics of the group (i, j) into stats[:, p]; without centring about zero."""
-    n = count_valid(mask, constant, x, i, j)
+    n = count_valid(mask, x, i, j)
     stats[COUNT, p] = n
     if n == 0.0:
         stats[:, p] = 0.0
         return
     each = 1.0 / n  # found while the sums are; divisions behind them would take 10 ns of a row
-    first = pivot_of(x, mask, constant, before, i, j, center)
-    s, q = group_sums(x, mask, constant, before, i, j, first)
+    first = pivot_of(x, mask, before, i, j, center)
+    s, q = group_sums(x, mask, before, i, j, first)
     pivot = plus(0.0, first, 0)
     shift = s * each if center else 0.0
     if center and not s * shift <= farthest(x) * (q - s * shift):
         pivot += s / n
-        s, q = group_sums(x, mask, constant, before, i, j, pivot)
+        s, q = group_sums(x, mask, before, i, j, pivot)
         shift = s * each
     mean = pivot + shift
     m2 = q - s * shift if center else q
@@ -560,13 +551,13 @@ def coming_after(p, batch, end, begin, leap):
     return p + batch if p + batch < end else begin + leap + (p + batch - end)
 
 
-@ROW
+@RETURNS
 def run_ahead(x, leap, p, k, m):
     """A run of the group p, which comes next; empty without `leap`, and behind the last group."""
     g = x.shape[2]
     if leap and p < x.shape[0] * g:
-        return x[p // g, k, p % g, m]
-    return x[0, 0, 0, 0, :0]
+        return row_at(x, (p // g, k, p % g, m))
+    return span(row_at(x, (0, 0, 0, 0)), 0, 0)
 
 
 @PLAIN
@@ -601,8 +592,7 @@ def runs_forward(
     x, y, w, b, stats = borrowed(x), borrowed(y), borrowed(w), borrowed(b), borrowed(stats)
     residual, mask = borrowed(residual), borrowed(mask)
     source, addend, total = borrowed(source), borrowed(addend), borrowed(total)
-    n, r, g, c, size = x.shape
-    constant = constant_rows(mask, size)
+    n, r, g, c, _ = x.shape
     begin = chunk * groups
     end = min(begin + groups, n * g)
     batch = batch_of(x)
@@ -611,14 +601,14 @@ def runs_forward(
         for p in range(first, last):
             add_group(source, addend, total, p // g, p % g)
             if find:
-                group_moments(x, mask, constant, before, p // g, p % g, center, eps, p, stats)
+                group_moments(x, mask, before, p // g, p % g, center, eps, p, stats)
         for p in range(first, last if y.size else first):
             i, j = p // g, p % g
             coming = coming_after(p, batch, end, begin, leap * groups)
             for k in range(r):
                 for m in range(c):
-                    xs, ys, rs = x[i, k, j, m], y[i, k, j, m], run_of(residual, i, k, j, m)
-                    ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
+                    xs, ys, rs = x[i, k, j, m], y[i, k, j, m], row_at(residual, (i, k, j, m))
+                    ms, ws, bs = mask_run(mask, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
                     ahead = run_ahead(x, leap, coming, k, m)
                     mean, rstd = stats[MEAN, p], stats[RSTD, p]
                     if stream:
@@ -690,16 +680,14 @@ def grow(dy, x, mean, rstd, w, b, residual, mask, before, after, precise, k, j, 
 
 
 @PLAIN
-def group_backward_sums(
-    dy, x, w, b, residual, mask, constant, before, after, precise, i, j, mean, rstd, dw, db, dws, dbs
-):
+def group_backward_sums(dy, x, w, b, residual, mask, before, after, precise, i, j, mean, rstd, dw, db, dws, dbs):
     """sum(w * t), sum(w * t * xhat) of the group (i, j); `grow` has the rest."""
     s1 = 0.0
     s2 = 0.0
     for k in range(x.shape[1]):
         for m in range(x.shape[3]):
-            dys, xs, rs = dy[i, k, j, m], x[i, k, j, m], run_of(residual, i, k, j, m)
-            ms, ws, bs = mask_run(mask, constant, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
+            dys, xs, rs = dy[i, k, j, m], x[i, k, j, m], row_at(residual, (i, k, j, m))
+            ms, ws, bs = mask_run(mask, i, k, j, m), param_run(w, k, j, m), param_run(b, k, j, m)
             t1, t2 = grow(dys, xs, mean, rstd, ws, bs, rs, ms, before, after, precise, k, j, m, dw, db, dws, dbs)
             s1 += t1
             s2 += t2
@@ -723,7 +711,7 @@ def flush(partial, total):
                 flush_row(partial[k, j, m], total[k, j, m])
 
 
-@chosen
+@chosen(counted=True)
 def partial_like(x, total):
     """Zeros for sums that go to `total` later, in the type that x is computed in; None for single numbers."""
     if total.ndim == 3:
@@ -732,7 +720,7 @@ def partial_like(x, total):
     return lambda x, total: np.zeros(total.shape, real)
 
 
-@PLAIN
+@ALLOCATES
 def runs_backward(
     chunk,
     groups,
@@ -764,19 +752,51 @@ def runs_backward(
     where weight and bias have them; one share of zeros in place of `chunks` where each group is met once. The sums over
     the group's count are k1 and k2; k1 is zero without `center`, and both are where the statistics are `fixed`.
     """
-    dy, x, w, b, dx = borrowed(dy), borrowed(x), borrowed(w), borrowed(b), borrowed(dx)
-    residual, mask, addend, dz = borrowed(residual), borrowed(mask), borrowed(addend), borrowed(dz)
-    stats, k, dw, db = borrowed(stats), borrowed(k), borrowed(dw), borrowed(db)
-    n, r, g, c, size = x.shape
-    constant = constant_rows(mask, size)
     share = chunk if dw.shape[0] > 1 else 0
     if dw.shape[0] > 1:
         dw[share] = 0.0
         db[share] = 0.0
-    precise = dx.size == 0
     dw1, db1 = dw[share], db[share]
     dw2, db2 = partial_like(x, dw1), partial_like(x, db1)
-    dws, dbs = borrowed(dw2), borrowed(db2)  # while dw2 and db2 own the memory, to the last line
+    operands = dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend
+    backward_groups(chunk, groups, leap, *operands, dw1, db1, dw2, db2, dz, stream, dx)
+    flush(dw2, dw1)
+    flush(db2, db1)
+
+
+@PLAIN
+def backward_groups(
+    chunk,
+    groups,
+    leap,
+    dy,
+    x,
+    w,
+    b,
+    center,
+    fixed,
+    find,
+    stats,
+    k,
+    residual,
+    mask,
+    before,
+    after,
+    addend,
+    dw,
+    db,
+    dws,
+    dbs,
+    dz,
+    stream,
+    dx,
+):
+    """`runs_backward`, with the chunk's share of dw and db, and zeros dws and dbs for their parts (see `grow`)."""
+    dy, x, w, b, dx = borrowed(dy), borrowed(x), borrowed(w), borrowed(b), borrowed(dx)
+    residual, mask, addend, dz = borrowed(residual), borrowed(mask), borrowed(addend), borrowed(dz)
+    stats, k, dw, db, dws, dbs = borrowed(stats), borrowed(k), borrowed(dw), borrowed(db), borrowed(dws), borrowed(dbs)
+    n, r, g, c, _ = x.shape
+    precise = dx.size == 0
     begin = chunk * groups
     end = min(begin + groups, n * g)
     batch = batch_of(x)
@@ -785,13 +805,13 @@ def runs_backward(
         for p in range(first, last if find else first):
             i, j, mean, rstd, count = p // g, p % g, stats[MEAN, p], stats[RSTD, p], stats[COUNT, p]
             s1, s2 = group_backward_sums(
-                dy, x, w, b, residual, mask, constant, before, after, precise, i, j, mean, rstd, dw1, db1, dws, dbs
+                dy, x, w, b, residual, mask, before, after, precise, i, j, mean, rstd, dw, db, dws, dbs
             )
             k[K1, p] = s1 / count if center and not fixed and count else 0.0
             k[K2, p] = s2 / count if not fixed and count else 0.0
             if (p - begin) % FLUSH == FLUSH - 1:
-                flush(dws, dw1)
-                flush(dbs, db1)
+                flush(dws, dw)
+                flush(dbs, db)
         for p in range(first, last if dx.size else first):
             i, j, mean, rstd = p // g, p % g, stats[MEAN, p], stats[RSTD, p]
             coming = coming_after(p, batch, end, begin, leap * groups)
@@ -800,9 +820,9 @@ def runs_backward(
             for a in range(r):
                 for m in range(c):
                     dys, xs, dxs = dy[i, a, j, m], x[i, a, j, m], dx[i, a, j, m]
-                    rs, ms = run_of(residual, i, a, j, m), mask_run(mask, constant, i, a, j, m)
+                    rs, ms = row_at(residual, (i, a, j, m)), mask_run(mask, i, a, j, m)
                     ws, bs = param_run(w, a, j, m), param_run(b, a, j, m)
-                    ts, zs = run_of(addend, i, a, j, m), run_of(dz, i, a, j, m)
+                    ts, zs = row_at(addend, (i, a, j, m)), row_at(dz, (i, a, j, m))
                     ahead = run_ahead(dy, leap, coming, a, m), run_ahead(x, leap, coming, a, m)
                     rest = gain, k1, k2, lift, ts, zs
                     found = dys, xs, *ahead, power, high, scale, low, ws, bs, rs, ms, before, after, *rest
@@ -810,8 +830,6 @@ def runs_backward(
                         backward_affine(*found, PAST, dxs)
                     else:
                         backward_affine(*found, None, dxs)
-    flush(dw2, dw1)
-    flush(db2, db1)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
@@ -837,12 +855,11 @@ def tile_of(chunk, samples, rows, width, x):
 def columns_pivot(chunk, samples, rows, width, x, mask, before, pivot, count):
     """pivot (n, w): u of the first element of each column that counts; count (n, w): 1 where there is one."""
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
-    constant = constant_rows(mask, w1 - w0)
     for i in range(i0, i1):
         missing = w1 - w0
         k = r0
         while missing and k < r1:
-            row, valid = x[i, k, w0:w1], mask_row(mask, constant, i, k, w0, w1)
+            row, valid = x[i, k, w0:w1], mask_row(mask, i, k, w0, w1)
             for j in range(row.size):
                 if valid[j] and count[i, w0 + j] == 0.0:
                     pivot[i, w0 + j] = activate(before, row, load(row, j))
@@ -908,14 +925,14 @@ def columns_sums(chunk, samples, rows, width, x, pivot, mask, before, source, ad
     x, mask, pivot, part = borrowed(x), borrowed(mask), borrowed(pivot), borrowed(part)
     source, addend, total = borrowed(source), borrowed(addend), borrowed(total)
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
-    constant = constant_rows(mask, w1 - w0)
     for i in range(i0, i1):
-        s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], part_of(pivot, i, w0, w1)
+        s, q, p = part[0, i, share, w0:w1], part[1, i, share, w0:w1], span(row_at(pivot, (i,)), w0, w1)
         part[:, i, share, w0:w1] = 0.0
         for k in range(r0, r1):
-            add_rows(row_of(source, i, k, w0, w1), row_of(addend, i, k, w0, w1), row_of(total, i, k, w0, w1))
+            joined = row_at(source, (i, k)), row_at(addend, (i, k)), row_at(total, (i, k))
+            add_rows(span(joined[0], w0, w1), span(joined[1], w0, w1), span(joined[2], w0, w1))
         for k in range(add_blocks(mask, x, i, r0, r1, w0, p, before, s, q), r1):
-            valid = mask_row(mask, constant, i, k, w0, w1)
+            valid = mask_row(mask, i, k, w0, w1)
             add_row(x[i, k, w0:w1], p, valid, before, s, q)
             add_counts(valid, part, i, share, w0)
 
@@ -938,16 +955,15 @@ def columns_apply(
     x, residual, mask, y = borrowed(x), borrowed(residual), borrowed(mask), borrowed(y)
     power, mean, scale, shift = borrowed(power), borrowed(mean), borrowed(scale), borrowed(shift)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
-    constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
         j = w0
         while j < w1:
             e = min(w1, (j // c + 1) * c)
-            p, m, a, b = part_of(power, i, j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
+            p, m, a, b = span(row_at(power, (i,)), j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
             for k in range(r0, r1):
-                xs, ys, rs = x[i, k, j:e], y[i, k, j:e], row_of(residual, i, k, j, e)
-                ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                xs, ys, rs = x[i, k, j:e], y[i, k, j:e], span(row_at(residual, (i, k)), j, e)
+                ms = span(mask_row(mask, i, k, w0, w1), j - w0, e - w0)
                 if wr is None:
                     if stream:
                         below = x[i, min(k + 1, r1 - 1), j:e]
@@ -1016,7 +1032,6 @@ def columns_backward_sums(
     dy, x, residual, mask, part = borrowed(dy), borrowed(x), borrowed(residual), borrowed(mask), borrowed(part)
     power, mean, scale, shift = borrowed(power), borrowed(mean), borrowed(scale), borrowed(shift)
     i0, i1, share, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
-    constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
     tile = w0 // width
     for i in range(i0, i1):
@@ -1024,13 +1039,13 @@ def columns_backward_sums(
         j = w0
         while j < w1:
             e = min(w1, (j // c + 1) * c)
-            p, m, a, b = part_of(power, i, j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
+            p, m, a, b = span(row_at(power, (i,)), j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
             s, q = part[0, i, share, j:e], part[1, i, share, j:e]
             for k in range(
                 add_backward_blocks(wr, residual, mask, dy, x, i, r0, r1, j, p, m, a, b, before, after, s, q), r1
             ):
-                dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
-                ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
+                dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], span(row_at(residual, (i, k)), j, e)
+                ms = span(mask_row(mask, i, k, w0, w1), j - w0, e - w0)
                 if wr is None:
                     add_backward_row(dys, xs, p, m, a, None, None, b, rs, ms, before, after, None, s, q)
                 elif wr.shape[1] == 1:
@@ -1109,18 +1124,17 @@ def columns_backward_apply(
     power, mean, scale, shift = borrowed(power), borrowed(mean), borrowed(scale), borrowed(shift)
     gain, k1, k2, lift = borrowed(gain), borrowed(k1), borrowed(k2), borrowed(lift)
     i0, i1, _, r0, r1, w0, w1 = tile_of(chunk, samples, rows, width, x)
-    constant = constant_rows(mask, w1 - w0)
     c = period_of(wr, x.shape[2])
     for i in range(i0, i1):
         j = w0
         while j < w1:
             e = min(w1, (j // c + 1) * c)
-            p, m, a, b = part_of(power, i, j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
-            f, c1, c2, g = gain[i, j:e], k1[i, j:e], k2[i, j:e], part_of(lift, i, j, e)
+            p, m, a, b = span(row_at(power, (i,)), j, e), mean[i, j:e], scale[i, j:e], shift[i, j:e]
+            f, c1, c2, g = gain[i, j:e], k1[i, j:e], k2[i, j:e], span(row_at(lift, (i,)), j, e)
             for k in range(r0, r1):
-                dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], row_of(residual, i, k, j, e)
-                ms = slice_of(mask_row(mask, constant, i, k, w0, w1), j - w0, e - w0)
-                ts, zs, out = row_of(addend, i, k, j, e), row_of(dz, i, k, j, e), dx[i, k, j:e]
+                dys, xs, rs = dy[i, k, j:e], x[i, k, j:e], span(row_at(residual, (i, k)), j, e)
+                ms = span(mask_row(mask, i, k, w0, w1), j - w0, e - w0)
+                ts, zs, out = span(row_at(addend, (i, k)), j, e), span(row_at(dz, (i, k)), j, e), dx[i, k, j:e]
                 rest = f, c1, c2, g, ts, zs
                 if wr is None:
                     found = p, m, a, None, None, b, rs, ms, before, after, *rest

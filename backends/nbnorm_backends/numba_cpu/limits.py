@@ -9,8 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nbnorm.parallel import thread_count
-from nbnorm_backends.numba_cpu.elements import plus, put
-from nbnorm_backends.numba_cpu.kernels import slice_of
+from nbnorm_backends.numba_cpu.elements import plus, put, span
 from nbnorm_backends.numba_cpu.pool import Pool
 
 Array = NDArray[Any]
@@ -27,7 +26,7 @@ def move(x: Array, other: Array | None, y: Array, *, stream: bool) -> None:
 @njit(nogil=True)
 def _move(chunk, x, other, y, stream):  # type: ignore[no-untyped-def]  # compiled
     begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, x.size)
-    _move_row(x[begin:end], slice_of(other, begin, end), y[begin:end], stream)
+    _move_row(x[begin:end], span(other, begin, end), y[begin:end], stream)
 
 
 @njit(nogil=True)

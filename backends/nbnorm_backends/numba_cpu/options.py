@@ -37,3 +37,12 @@ NOTHING_JOINED = Joined(None, None, None)
 def options_of(mask: Array | None, epilogue: Epilogue) -> Options:
     flags = None if mask is None else read_only(mask.view(np.uint8))
     return Options(epilogue.residual, flags, TAGS[epilogue.before], TAGS[epilogue.after])
+
+
+def with_rows(mask: Array | None, size: int) -> tuple[Array, Array] | None:
+    """A mask as kernels take it: beside it, where its rows hold for `size` elements, a row of zeros and one of ones."""
+    if mask is None:
+        return None
+    constant = np.zeros((2, size if mask.shape[-1] < size else 0), np.uint8)
+    constant[1] = 1
+    return mask, constant

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.options import Joined, Options
+from nbnorm_backends.numba_cpu.options import Joined, Options, with_rows
 from nbnorm_backends.numba_cpu.pool import Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -126,7 +126,7 @@ def _options(x: Array, options: Options) -> tuple[Any, ...]:
     mask = options.mask
     if mask is not None and x.shape[4] == 1:
         mask = mask.swapaxes(3, 4)
-    return _optional(options.residual), mask, options.before, options.after
+    return _optional(options.residual), with_rows(mask, runs_view(x).shape[4]), options.before, options.after
 
 
 def parameters(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nbnorm.backend import WHOLE_OPS
 from nbnorm_backends.numba_cpu import outputs
 from nbnorm_backends.numba_cpu.elements import INNER, at, borrowed, carried, load, store
-from nbnorm_backends.numba_cpu.kernels import PLAIN, ROW
+from nbnorm_backends.numba_cpu.kernels import ALLOCATES, PLAIN, ROW
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -134,7 +134,7 @@ def tile_of(chunk: int, samples: int, width: int, x: Array) -> tuple[int, int, i
 # over a window stands in the buffer where the window begins.
 
 
-@PLAIN
+@ALLOCATES
 def respond(
     chunk: int,
     samples: int,
@@ -168,7 +168,7 @@ def respond(
                 respond_row(x[o, line, r0:r1], root, own - before * step, y[o, line, r0:r1])
 
 
-@PLAIN
+@ALLOCATES
 def respond_backward(
     chunk: int,
     samples: int,
@@ -348,7 +348,7 @@ def divide_runs_backward(
         divide_row_backward(dy[o, 0], x[o, 0], at_least(norm, eps), total, p, dx[o, 0])
 
 
-@PLAIN
+@ALLOCATES
 def divide_columns(chunk: int, samples: int, width: int, x: Array, y: Array, p: float, eps: float) -> None:
     """y = x / max(norm, eps)"""
     x, y = borrowed(x), borrowed(y)
@@ -362,7 +362,7 @@ def divide_columns(chunk: int, samples: int, width: int, x: Array, y: Array, p: 
             divide_row(x[o, line, r0:r1], norm, y[o, line, r0:r1])
 
 
-@PLAIN
+@ALLOCATES
 def divide_columns_backward(
     chunk: int, samples: int, width: int, x: Array, dy: Array, dx: Array, p: float, eps: float
 ) -> None:
