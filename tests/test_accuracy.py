@@ -23,10 +23,16 @@ EVERY_NORM = pytest.mark.parametrize("case", bounds.ALL, ids=lambda case: case.n
 
 
 def cases_and_dtypes() -> list[Any]:
-    """Every case in every dtype; the half types are slow, as each compiles anew."""
-    slow = ("float16", "bfloat16")
+    """Every case in every dtype; most are slow, as each compiles anew."""
+
+    def marks(case: Norm, dtype: str) -> list[pytest.MarkDecorator]:
+        if dtype in ("float16", "bfloat16"):
+            return [pytest.mark.slow]
+        plain = dtype == "float32" and case.name in ("layer", "batch NCHW")
+        return [] if plain else [pytest.mark.slow("numba")]
+
     return [
-        pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=[pytest.mark.slow] * (dtype in slow))
+        pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=marks(case, dtype))
         for case in bounds.ALL
         for dtype in bounds.SPREADS
     ]

@@ -180,7 +180,10 @@ def test_dtype_out_and_layer_norms(dtype: str, backend: str) -> None:
     np.testing.assert_allclose(y.astype(float), np.vectorize(DEFINITIONS["silu"])(z), atol=bound)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activation",
+    [pytest.param(name, marks=[pytest.mark.slow("numba")] * (name not in ("relu", "gelu"))) for name in ACTIVATIONS],
+)
 def test_halves_are_rounded_once(activation: str, backend: str) -> None:
     """What stands between norm and activation is not rounded to half: the error is that of one rounding, and a few in
     float32, each 1/8192 of a unit."""

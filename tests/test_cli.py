@@ -123,6 +123,7 @@ def test_version() -> None:
     assert nbnorm("--version").stdout == f"nbnorm {version('nbnorm')}\n"
 
 
+@pytest.mark.slow
 def test_warmup_compiles_once_and_says_where(tmp_path: Path) -> None:
     arguments = "warmup", "--op", "rms_norm", "--dtype", "float32"
     seconds = []

@@ -99,6 +99,7 @@ def test_variance_of_a_few_values(layout: str, backend: str) -> None:
     assert worst <= 1e-12
 
 
+@pytest.mark.slow("numba")
 def test_no_warning_where_gradients_overflow(backend: str, recwarn: pytest.WarningsRecorder) -> None:
     x = np.ones((100, 4), "f2") * np.arange(4, dtype="f2")
     _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 4, np.ones(4, "f2"), np.zeros(4, "f2"), backend=backend)

@@ -19,7 +19,7 @@ def stretches(samples: int, size: int) -> list[slice]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 9])
-@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("axis", [1, pytest.param(2, marks=pytest.mark.slow("numba"))])
 def test_each_is_a_batch_norm(size: int, axis: int, backend: str) -> None:
     x, dy = RNG.normal(size=(2, 7, 3, 4)) + 5
     channels = x.shape[axis]
@@ -41,7 +41,8 @@ def test_each_is_a_batch_norm(size: int, axis: int, backend: str) -> None:
     np.testing.assert_allclose(var, 0.9 + 0.1 * x.var(axis=others, ddof=1), rtol=1e-13)
 
 
-@pytest.mark.parametrize("order", ["norm_act", pytest.param("act_norm", marks=pytest.mark.slow("numba"))])
+@pytest.mark.slow("numba")
+@pytest.mark.parametrize("order", ["norm_act", "act_norm"])
 def test_with_every_option(order: str, backend: str) -> None:
     x, dy, residual = RNG.normal(size=(3, 5, 2, 6))
     mask = RNG.random((5, 2, 6)) < 0.6

@@ -31,7 +31,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_layer_is_its_function(name: str, masked: bool) -> None:
     layer = make(name)

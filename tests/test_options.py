@@ -63,9 +63,9 @@ CASES = [
 
 
 def halved(first: list[Any], second: Any) -> list[Any]:
-    """All pairs, two of three slow: each pair may be a compilation of its own."""
+    """All pairs, three of four slow: each pair may be a compilation of its own."""
     return [
-        pytest.param(a, b, marks=[pytest.mark.slow] if (i + j) % 3 else [], id=f"{getattr(a, 'name', a)}-{b}")
+        pytest.param(a, b, marks=[pytest.mark.slow] if (i + j) % 4 else [], id=f"{getattr(a, 'name', a)}-{b}")
         for i, a in enumerate(first)
         for j, b in enumerate(second)
     ]

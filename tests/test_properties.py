@@ -334,6 +334,7 @@ def itself(case: Case, backend: str, dy: Any, **arrays: Any) -> dict[str, Any]:
     return both(op, dy, **arrays, axis=0, eps=EPS, backend=backend, **activated(case.options))
 
 
+@pytest.mark.slow("numba")
 @PLAIN_AND_SLOW
 def test_masked_equals_gathered(backend: str, wide: bool) -> None:
     def body(case: Case) -> None:
@@ -494,6 +495,7 @@ def at(results: dict[str, Any], index: Any) -> dict[str, Any]:
     return {name: value[index] for name, value in results.items()}
 
 
+@pytest.mark.slow("numba")
 @PLAIN_AND_SLOW
 def test_neither_batch_nor_padding_changes_bits(backend: str, wide: bool) -> None:
     def body(rows: Rows) -> None:
