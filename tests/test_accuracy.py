@@ -150,7 +150,7 @@ def test_ends_of_the_range(case: Norm, dtype: str, scale: float, eps: float, gai
 
 
 @EVERY_NORM
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow("numba"))])
 def test_equal_values(case: Norm, dtype: str, backend: str) -> None:
     """The result is exactly the bias; for RMS norm, which does not centre, the weight, nearly."""
     example = bounds.example(case, np.full(case.shape, 0.1, dtype))

@@ -350,6 +350,7 @@ def test_masked_equals_gathered(backend: str, wide: bool) -> None:
     explore(body, drawn_cases(drawn, fixed=False), backend, wide)
 
 
+@pytest.mark.slow("numba")
 @PLAIN_AND_SLOW
 def test_masked_values_change_no_bits(backend: str, wide: bool) -> None:
     def body(drawn: tuple[Case, int]) -> None:
