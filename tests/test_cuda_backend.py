@@ -260,6 +260,23 @@ def test_given_statistics_normalize(machine: Machine, op: Any, shape: tuple[int,
     like_the_host(machine, op, x, running_mean=mean, running_var=var, weight=weight, bias=bias, **keys)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("params", [("weight",), ("bias",), ("weight", "bias")], ids="-".join)
+@pytest.mark.parametrize("op", [nbnorm.batch_norm, nbnorm.instance_norm])
+def test_given_statistics_under_a_mask(machine: Machine, op: Any, params: tuple[str, ...], last: bool) -> None:
+    """Nothing has counted what is valid."""
+    x, mean, var = normal(3, 4, 6), normal(4, seed=7), abs(normal(4, seed=8))
+    mask = np.random.default_rng(1).random((3, 1, 6)) < 0.6
+    x[np.broadcast_to(~mask, x.shape)] = np.nan
+    if last:
+        x, mask = (np.ascontiguousarray(array.transpose(0, 2, 1)) for array in (x, mask))
+    keys: dict[str, Any] = {} if op is nbnorm.batch_norm else {"use_input_stats": False}
+    keys |= {name: normal(4, seed=seed) for seed, name in enumerate(params)} | {"channel_axis": -1 if last else 1}
+    like_the_host(machine, op, x, running_mean=mean, running_var=var, mask=mask, **keys)
+    _, pullback = nbnorm.vjp(op, x, mean, var, mask=mask, **keys, backend="cuda")
+    assert np.isfinite(pullback(np.ones_like(x)).x).all()
+
+
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32"),
                                          ("bfloat16", "bfloat16"), ("float32", "float64")])  # fmt: skip
 @pytest.mark.parametrize("masked", [False, True])

@@ -329,12 +329,15 @@ def far_checks(cases: tuple[Case, ...]) -> Iterator[Check]:
 
 
 def option_checks(cases: tuple[Case, ...]) -> Iterator[Check]:
-    """Every activation in both orders, spread over the norms, types, masks and residuals."""
+    """Every activation in both orders, spread over the norms, types, masks and residuals; and masks where statistics are
+    given."""
     for i, (activation, order) in enumerate(itertools.product((*ACTIVATIONS, None), ORDERS)):
         for j in range(2):
             case = replace(cases[(2 * i + 5 * j) % len(cases)], dtype=KINDS[(i + j) % 2], activation=activation)
             mask = (None, "dense", "lengths")[(i + 2 * j) % 3]
             yield Check(case, order=order, residual=(i + j) % 3 > 0, mask=mask)
+    for i, case in enumerate(case for case in cases if case.op in TRACKED_NORMS):
+        yield Check(replace(case, dtype=KINDS[i % 2], training=False), mask=("dense", "lengths")[i % 2])
 
 
 def dry_checks(quick: bool) -> list[Check]:

@@ -459,7 +459,7 @@ def _finish(
     first = 0 if statistics else samples * groups
     last = samples * groups + (groups * columns if weights else 0)
     args: dict[str, Any] = norm.inputs("part_weight", "part_bias", "weight", "weight_wide")
-    args["valid"] = "valid" if norm.mask is not None else None
+    args["valid"] = "valid" if statistics and norm.mask is not None else None  # given statistics have counted nothing
     args |= {name: name if statistics else None for name in ("k1", "k2")}
     args |= {name: name if weights else None for name in ("dweight", "dbias")}
     args |= {"samples": samples, "groups": groups, "channels": columns, "splits": splits, "count": norm.count}
