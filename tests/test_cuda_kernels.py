@@ -17,7 +17,7 @@ import oracle
 import test_options as options
 from bounds import backward, forward, multiple
 from cases import Norm, batch, data, group, has_bias, instance, layer
-from nbnorm import layout
+from nbnorm import activations, layout
 from nbnorm.backend import ACTIVATIONS, ORDERS
 from nbnorm.engine import view_like, view_mask, view_param
 
@@ -310,6 +310,23 @@ def test_gelu_and_its_slope_cuda() -> None:
     found = [(activate(code, np.float32(each)), slope(code, np.float32(each))) for each in z]
     np.testing.assert_allclose([pair[0] for pair in found], z * special.ndtr(z), atol=1e-6)
     np.testing.assert_allclose([pair[1] for pair in found], exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_far_out_are_those_of_the_cpu_cuda(name: str, dtype: str) -> None:
+    """Beyond the root of the largest number and at infinity, wherever the CPU's is a number: silu there has none."""
+    real = np.dtype(dtype).type
+    z = np.array([5, 100, 2e19, 3e38, np.inf, 1e155 if dtype == "float64" else 1], dtype)
+    z = np.concatenate([z, -z])
+    functions_of = functions.make_activations(simulator.primitives(dtype))
+    code = functions.CODES[name]
+    for found, exact in zip(functions_of, (activations.activate, activations.derivative), strict=True):
+        with np.errstate(all="ignore"):
+            values, expected = np.array([found(code, real(each)) for each in z]), exact(name, z).astype(dtype)
+        number = ~np.isnan(expected)
+        assert number[np.isfinite(z)].all()
+        np.testing.assert_allclose(values[number], expected[number], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -126,7 +126,7 @@ def make_sums(cuda, P, threads):
 def make_activations(P):
     """(activate, slope): an activation by its code, and its derivative.
 
-    Four of them are (p * z + q) * sigmoid(t) + offset with t = z * (a + b * z * z), so that there are three branches.
+    Four of them are (p * z + q) * sigmoid(t) + offset with t = z, 2 z, or a cubic of z, so that there are three branches.
     """
     real = real_of(P)
     exp, erf, fdiv = P.exp, P.erf, P.fdiv
@@ -137,9 +137,14 @@ def make_activations(P):
 
     @P.dev
     def inner(code, z):
-        a = linear if code == GELU_TANH else two if code == TANH else one
-        b = cubic if code == GELU_TANH else zero
-        return a, b
+        """t, and its derivative."""
+        t, rate = z, one
+        if code == TANH:
+            t, rate = two * z, two
+        elif code == GELU_TANH:  # alone: beyond 2^64 the square of a float32 is infinite
+            bend = cubic * (z * z)
+            t, rate = z * (linear + bend), linear + three * bend
+        return t, rate
 
     @P.dev
     def factor(code, z):
@@ -162,8 +167,8 @@ def make_activations(P):
         elif code == GELU:
             result = half * z * (one + erf(z * root_half))
         elif code != 0:
-            a, b = inner(code, z)
-            result = factor(code, z) * sigmoid(z * (a + b * (z * z)))
+            t, _ = inner(code, z)
+            result = factor(code, z) * sigmoid(t)
             if code == TANH:
                 result -= one
         return result
@@ -177,12 +182,12 @@ def make_activations(P):
         elif code == GELU:
             result = half * (one + erf(z * root_half)) + z * density * exp(-half * z * z)
         elif code != 0:
-            a, b = inner(code, z)
-            s = sigmoid(z * (a + b * (z * z)))
+            t, rate = inner(code, z)
+            s = sigmoid(t)
             flat = s * (one - s)
             result = zero
             if flat != zero:  # far out the other factor may be infinite
-                result = factor(code, z) * flat * (a + three * b * (z * z))
+                result = factor(code, z) * flat * rate
             if code != SIGMOID and code != TANH:
                 result += s
         return result
