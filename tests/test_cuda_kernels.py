@@ -419,6 +419,28 @@ def test_equal_values_have_no_variance_cuda(name: str, value: float) -> None:
         assert not found["mean_low"].any()
 
 
+@pytest.mark.parametrize("name", [*FAR, "layer, a block"])
+def test_equal_values_give_zero_for_any_positive_eps_cuda(name: str) -> None:
+    """Of 1e-46 nothing is left in float32."""
+    case = NAMED[name]
+    run = run_of(case, np.full(case.shape, 3, np.float32), None, None, eps=1e-46)
+    assert not run.forward()["y"].any()
+    x = params_of(case, "float32")[0]
+    y = run_of(case, x, None, None, eps=1e-46).forward()["y"]
+    np.testing.assert_array_equal(y, run_of(case, x, None, None, eps=0.0).forward()["y"])
+
+
+@pytest.mark.parametrize("name", ["layer, a warp", "batch NCHW, vectors", "batch NHWC, tall"])
+@pytest.mark.parametrize("scale", [2.0**-61, 2.0**55])
+def test_the_range_that_is_documented_cuda(name: str, scale: float) -> None:
+    """Standard deviations from 4e-19 to 4e16."""
+    case = NAMED[name]
+    x = params_of(case, "float32")[0]
+    expected = run_of(case, x, None, None, eps=0.0).forward()["y"]
+    found = run_of(case, x * np.float32(scale), None, None, eps=0.0).forward()["y"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
 def test_statistics_cuda(case: Norm) -> None:
     x = params_of(case, "float32")[0]

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nbnorm.backend import Epilogue
 from nbnorm.layout import Layout
 from nbnorm_backends.numba_cuda import functions, planes, totals
@@ -106,6 +108,12 @@ class Norm:
     def count(self) -> int:
         _, r, _, c, s = self.layout
         return r * c * s
+
+    @property
+    def added(self) -> float:
+        """eps as kernels add it. Below the smallest normal number a float32 may be 0, and equal values had a reciprocal
+        standard deviation that is infinite, and a result that is NaN."""
+        return max(self.eps, float(np.finfo(self.real).tiny)) if self.eps > 0 else self.eps
 
     @property
     def flags(self) -> int:
@@ -257,7 +265,7 @@ def _rows_forward(norm: Norm) -> Launch | None:
     variant = Variant(family, norm.kind, vector, chosen)
     args = norm.inputs("x", "residual", *WEIGHTS, "total", "y")
     args |= dict.fromkeys(FOUND) if norm.bare else {name: name for name in FOUND}
-    args |= {"rows": rows, "length": length, "groups": g, "channels": c, "inner": s, "eps": norm.eps}
+    args |= {"rows": rows, "length": length, "groups": g, "channels": c, "inner": s, "eps": norm.added}
     flags = (functions.PLANES if per_plane else 0) | (functions.BARE if norm.bare else 0)
     args |= {"flags": norm.flags | flags, "after": norm.activations["after"]}
     if family == "long_row_forward":
@@ -313,7 +321,7 @@ def _in_columns(norm: Norm) -> bool:
 def _statistics(norm: Norm) -> Launch:
     n, r, g, c, s = norm.layout
     args = norm.inputs("x", "mask", *FOUND, "valid", *PARTS, "counters")
-    args |= {"groups": g, "eps": norm.eps, "flags": norm.flags, "before": norm.activations["before"]}
+    args |= {"groups": g, "eps": norm.added, "flags": norm.flags, "before": norm.activations["before"]}
     if s == 1 and r > 1:
         variant = Variant("columns_statistics", norm.kind, norm.vector(g * c))
         tiling = _tiling(norm, variant)
@@ -383,7 +391,7 @@ def _columns(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Launch:
 
 def _common(norm: Norm, flags: int) -> dict[str, Any]:
     g, c = norm.layout.g, norm.layout.c
-    found = {"groups": g, "channels": c, "stride_n": 0 if norm.shared else g, "eps": norm.eps}
+    found = {"groups": g, "channels": c, "stride_n": 0 if norm.shared else g, "eps": norm.added}
     return {**found, "flags": norm.flags | flags, **norm.activations}
 
 
