@@ -380,6 +380,60 @@ def barriers_on_two_branches(cuda, wrong):
     return kernel
 
 
+def make_helpers(cuda):
+    """A barrier and a shuffle in functions that kernels call."""
+
+    @P.dev
+    def barrier():
+        cuda.syncthreads()  # or here
+
+    @P.dev
+    def across(value):
+        return cuda.shfl_xor_sync(ALL, value, 1)  # or here
+
+    return barrier, across
+
+
+@planted(r"divergent syncthreads: block 0 thread 32 is at syncthreads", "block 0 thread 0")
+def barriers_of_a_helper_on_two_branches(cuda, wrong):
+    barrier, _ = make_helpers(cuda)
+
+    def kernel(x, y, count):
+        if cuda.threadIdx.x < 32 or not wrong:
+            barrier()
+        else:
+            barrier()
+
+    return kernel
+
+
+@planted(r"divergent syncthreads: block 0 thread 32 is at syncthreads", "block 0 thread 0")
+def three_rounds_against_two_and_one(cuda, wrong):
+    barrier, _ = make_helpers(cuda)
+
+    def kernel(x, y, count):
+        short = wrong and cuda.threadIdx.x >= 32
+        for _ in range(2 if short else 3):
+            barrier()
+        if short:
+            barrier()
+
+    return kernel
+
+
+@planted(r"divergent shfl_xor_sync\(0xffffffff, 1\): block 0 thread 4 is at shfl_xor_sync", block=32)
+def shuffles_of_a_helper_on_two_branches(cuda, wrong):
+    _, across = make_helpers(cuda)
+
+    def kernel(x, y, count):
+        if cuda.threadIdx.x < 4 and wrong:
+            y[cuda.threadIdx.x] = across(x[cuda.threadIdx.x])
+        else:
+            y[cuda.threadIdx.x] = across(x[cuda.threadIdx.x])
+
+    return kernel
+
+
 @planted(r"divergent shfl_xor_sync\(0xffffffff, 1\): block 0 thread 16 has ended", "block 0 thread 0", block=32)
 def shuffle_that_some_miss(cuda, wrong):
     def kernel(x, y, count):
@@ -828,6 +882,30 @@ def test_shared_memory_is_limited() -> None:
 
     with pytest.raises(SimulatorError, match="more than 49152 bytes"):
         launch(make, 1, 1, ())
+
+
+def test_each_call_of_a_helper_has_a_shared_array_of_its_own() -> None:
+    """As in what Numba makes of functions that it inlines."""
+
+    def make(cuda):
+        @P.dev
+        def cell(value):
+            array = cuda.shared.array(1, f32)
+            if cuda.threadIdx.x == 0:
+                array[0] = value
+            return array
+
+        def kernel(y):
+            one = cell(f32(1))
+            two = cell(f32(2))
+            cuda.syncthreads()
+            y[cuda.threadIdx.x] = one[0] + two[0]
+
+        return kernel
+
+    y = empty(4, f32)
+    launch(make, 1, 4, (y,))
+    assert y.tolist() == [3] * 4
 
 
 def test_what_one_launch_wrote_another_may_read() -> None:

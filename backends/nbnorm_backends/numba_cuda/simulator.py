@@ -411,7 +411,7 @@ class Cuda:
         return old
 
     def _shared_array(self, size: int, dtype: Any) -> DevicePointer:
-        """The array of this line, one for all threads of the block."""
+        """The array of this call, one for all threads of the block."""
         shared: dict[Any, DevicePointer] = getcurrent().block.shared
         key = site()
         if key not in shared:  # named as by the line, such as "rows.py:31: slots = cuda.shared.array(...)"
@@ -422,10 +422,15 @@ class Cuda:
         return shared[key]
 
 
-def site() -> Any:
-    """Which call of the kernel it is that called the caller."""
+def site() -> tuple[Any, ...]:
+    """Which call of the kernel it is that called the caller, with all calls of helpers on the way: Numba inlines them, so
+    that each call has barriers and shared arrays of its own."""
     frame = sys._getframe(2)
-    return frame.f_code, frame.f_lasti
+    found: list[Any] = []
+    while frame is not None:
+        found += frame.f_code, frame.f_lasti
+        frame = frame.f_back
+    return tuple(found)
 
 
 class Grid:
