@@ -329,7 +329,7 @@ def far_checks(cases: tuple[Case, ...]) -> Iterator[Check]:
 
 
 def option_checks(cases: tuple[Case, ...]) -> Iterator[Check]:
-    """Every activation in both orders, spread over the norms, types, masks and residuals; and masks where statistics are
+    """Every activation in both orders, spread over the norms, types, masks and residuals; masks where statistics are
     given."""
     for i, (activation, order) in enumerate(itertools.product((*ACTIVATIONS, None), ORDERS)):
         for j in range(2):

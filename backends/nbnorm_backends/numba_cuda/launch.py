@@ -66,7 +66,7 @@ SCALAR_ROWS = ROWS_OF_DOUBLES["row_backward"]
 # and of 65536 float32 the rows under way would no longer fit. Which counts more is for a GPU to tell.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
 BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
-COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
+COLUMN_SUMS = columns.SUMS_BLOCK, 3
 
 
 def real_kind(kind: str) -> str:

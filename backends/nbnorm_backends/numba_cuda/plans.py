@@ -506,7 +506,7 @@ def _part_size(launch: Launch) -> int:
     """Partial results that a launch writes."""
     args, family = launch.args, launch.variant.family
     if family == "row_backward":
-        return int(launch.grid * args["length"])
+        return int(2 * launch.grid * args["length"])
     if family in ("columns_statistics", "columns_sums"):
         return int(launch.grid // args["tiles"] * args["groups"] * args["channels"])
     return launch.grid if family in ("planes_statistics", "planes_sums") else 0

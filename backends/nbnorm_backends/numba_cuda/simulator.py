@@ -401,6 +401,9 @@ class Cuda:
         thread.seen = thread.pending
         thread.stamp = Stamp(thread)
 
+    def threadfence_block(self) -> None:
+        """Orders nothing that barriers do not order."""
+
     def _atomic_add(self, pointer: DevicePointer, i: int, value: int) -> Any:
         """Add to an element, and give what it was. Others may come first."""
         thread = getcurrent()
@@ -423,8 +426,8 @@ class Cuda:
 
 
 def site() -> tuple[Any, ...]:
-    """Which call of the kernel it is that called the caller, with all calls of helpers on the way: Numba inlines them, so
-    that each call has barriers and shared arrays of its own."""
+    """Which call of the kernel it is that called the caller, with all calls of helpers on the way: Numba inlines these,
+    and each call has barriers and shared arrays of its own."""
     frame = sys._getframe(2)
     found: list[Any] = []
     while frame is not None:
