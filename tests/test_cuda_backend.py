@@ -21,50 +21,15 @@ from nbnorm.devices import DeviceArray, allocates
 pytest.importorskip("greenlet", reason="greenlet is not installed (it comes with the test extra)")
 from nbnorm_backends.numba_cuda import backend as cuda_backend
 from nbnorm_backends.numba_cuda import cubins, device, launch, plans
-from nbnorm_backends.numba_cuda.simulated_device import LENT, SimulatedDevice, SimulatedMemory
+from nbnorm_backends.numba_cuda.simulated_device import LENT, SimulatedDevice, SimulatedMemory, Tensor, Tensors
 
 EPS = 1e-5
 
 
-class Tensor:
-    """An array of a library that has its memory on a simulated device: nothing but its adapter reads it."""
-
-    def __init__(self, at: DeviceArray) -> None:
-        self.at = at
-
-    def numpy(self) -> Any:
-        return self.at.host()
-
-
-class Tensors(arrays.NumpyArrays):
-    """The adapter of `Tensor`."""
-
-    kind = "simulated"
-
-    def accepts(self, cls: type) -> bool:
-        return cls is Tensor
-
-    def view(self, array: Any, name: str) -> Any:
-        return array.at
-
-    def wrap(self, result: Any, like: Any) -> Any:
-        assert isinstance(result, DeviceArray), "a result that does not lie on the device"
-        return Tensor(result)
-
-    def key(self, array: Any) -> Any:
-        return array.at.shape, array.at.strides, array.at.dtype, array.at.device
-
-
 class TensorMemory(SimulatedMemory):
-    """The memory of `Tensor`."""
+    """The memory of `Tensor`, which counts the blocks that were taken."""
 
-    taken = 0  # blocks
-
-    def address(self, array: Any) -> int:
-        return array.at.pointer if isinstance(array, Tensor) else array.pointer + self.shift
-
-    def like(self, array: Any) -> Any:
-        return Tensor(super().like(array.at))
+    taken = 0
 
     def block(self, size: int, *, zero: bool = False) -> Any:
         self.taken += 1
@@ -86,11 +51,7 @@ class Machine:
 
     def tensor(self, array: Any, ordinal: int = 0) -> Tensor | None:
         """A copy on the device, with the strides of the array."""
-        if array is None:
-            return None
-        order = np.argsort([-abs(step) for step in array.strides], kind="stable")
-        lies = self.devices[ordinal].memory.upload(np.ascontiguousarray(array.transpose(order)))
-        return Tensor(lies.transpose(np.argsort(order)))
+        return None if array is None else self.devices[ordinal].memory.tensor(array)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -125,14 +124,16 @@ def dry_problem() -> str | None:
 
 
 def _dry(console: Console, report: Found, quick: bool, jobs: int) -> None:
-    """Compile, then run norms of host arrays on a simulated device."""
+    """Compile, then run norms of arrays on a simulated device."""
     chosen, capabilities = (samples(), CAPABILITIES[-1:]) if quick else (variants(), CAPABILITIES)
     begin = time.monotonic()
     over = compile_check.check(chosen, capabilities, jobs)
     console.print(f"compiled in {time.monotonic() - begin:.0f} s by {jobs} processes", soft_wrap=True)
     begin = time.monotonic()
-    simulated = CudaBackend(import_module(SIMULATED_DEVICE).SimulatedDevice)
-    look = partial(gpu_measure.correctness, put=np.copy, get=np.asarray, single=checks.SIMULATED)
+    module = import_module(SIMULATED_DEVICE)
+    simulated = CudaBackend(module.SimulatedDevice)
+    put, get = simulated.device_of(0).memory.tensor, module.Tensor.numpy
+    look = partial(gpu_measure.correctness, put=put, get=get, single=checks.SIMULATED)
     report["checks"] = Budget(math.inf).run(
         (check.name, partial(look, check, backend=simulated, runs=1)) for check in checks.dry_checks(quick)
     )

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.arrays import bfloat16
+from nbnorm import arrays
 from nbnorm.devices import DeviceArray, Library, allocates
 from nbnorm_backends.numba_cuda import simulator
 from nbnorm_backends.numba_cuda.device import HostMemory, Start
@@ -51,8 +51,40 @@ class Block:
         return found
 
 
+class Tensor:
+    """An array of a library that has its memory on a simulated device: nothing but its adapter reads it."""
+
+    def __init__(self, at: DeviceArray) -> None:
+        self.at = at
+
+    def numpy(self) -> NDArray[Any]:
+        return self.at.host()
+
+
+class Tensors(arrays.NumpyArrays):
+    """The adapter of `Tensor`."""
+
+    kind = "simulated"
+
+    def accepts(self, cls: type) -> bool:
+        return cls is Tensor
+
+    def view(self, array: Any, name: str) -> Any:
+        return array.at
+
+    def wrap(self, result: Any, like: Any) -> Any:
+        assert isinstance(result, DeviceArray), "a result that does not lie on the device"
+        return Tensor(result)
+
+    def key(self, array: Any) -> Any:
+        return array.at.shape, array.at.strides, array.at.dtype, array.at.device
+
+
+arrays.KINDS.append(Tensors())
+
+
 class SimulatedMemory(HostMemory, Library):
-    """Of a simulated device; as an array library, whose arrays are `DeviceArray`, it computes with NumPy. New arrays
+    """Of a simulated device; as an array library, whose arrays are `Tensor`, it computes with NumPy. New arrays
     begin `shift` bytes, or as many whole elements, behind a multiple of 256."""
 
     current = 7  # the stream
@@ -65,13 +97,21 @@ class SimulatedMemory(HostMemory, Library):
     def stream(self) -> int:
         return self.current
 
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """A copy, with the strides of the array."""
+        order = np.argsort([-abs(step) for step in array.strides], kind="stable")
+        lies = self.upload(np.ascontiguousarray(array.transpose(order)))
+        return Tensor(lies.transpose(np.argsort(order)))
+
     def address(self, array: Any) -> int:
-        return array.pointer  # type: ignore[no-any-return]
+        """Of what a plan has copied only the block is kept."""
+        return array.at.pointer if isinstance(array, Tensor) else array.pointer + self.shift
 
     def like(self, array: Any) -> Any:
+        array = array.at
         order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
         made = self.empty(array.transpose(order).shape, array.dtype)
-        return made.transpose(np.argsort(order))
+        return Tensor(made.transpose(np.argsort(order)))
 
     @allocates
     def block(self, size: int, *, zero: bool = False) -> tuple[Block, int]:
@@ -185,7 +225,7 @@ class SimulatedDevice:
 def _dtype(variant: Variant, name: str) -> np.dtype[Any]:
     """Of what an argument points to."""
     kind = {"element": variant.kind, "real": variant.real}.get(POINTERS[name], POINTERS[name])
-    return bfloat16() if kind == "bfloat16" else np.dtype(kind)
+    return arrays.bfloat16() if kind == "bfloat16" else np.dtype(kind)
 
 
 @functools.lru_cache
