@@ -119,7 +119,7 @@ def test_an_error_is_found_cuda(tmp_path: Path) -> None:
 def test_a_kernel_over_budget_is_a_failure_cuda() -> None:
     before = (
         "from nbnorm_backends.numba_cuda import checks, cubins, gpu_command, launch\n"
-        "launch.BUDGETS['sum_columns'] = launch.Budget(1)\n"
+        "launch.REGISTERS['sum_columns'] = (1,) * 6\n"
         "gpu_command.samples = lambda: (launch.Variant('sum_columns', 'float32', vector=False),)\n"
         "checks.dry_checks = lambda quick: []\n"
     )
