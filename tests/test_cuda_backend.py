@@ -645,6 +645,29 @@ def test_a_launch_that_fails_writes_no_statistics(
     assert (var.numpy() == 1).all()
 
 
+@pytest.mark.parametrize("failing", ["bind", "convert"])
+def test_what_moves_statistics_fails_before_anything_is_written(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    x, out = machine.tensor(normal(4, 8)), machine.tensor(np.zeros((4, 8), np.float32))
+    mean, var = (machine.tensor(np.zeros(8, np.float64 if failing == "convert" else np.float32)) for _ in range(2))
+
+    def no(*_: Any) -> Any:
+        raise nbnorm.BackendError("no")
+
+    if failing == "convert":
+        monkeypatch.setattr(TensorMemory, "converted", no)
+    else:
+        bind = machine.devices[0].bind
+        monkeypatch.setattr(
+            machine.devices[0], "bind", lambda each: no() if each[0].variant.family == "commit" else bind(each)
+        )
+    with pytest.raises(nbnorm.BackendError, match="no"):
+        nbnorm.batch_norm(x, mean, var, training=True, out=out)
+    assert not machine.launches
+    assert not out.numpy().any()
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -84,9 +84,9 @@ class Check:
     def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """(shape, dtype) of each input, by name."""
         case, kind = self.case, dtype_of(self.case.dtype)
-        params = (case.shape[case.channel],), np.float64 if kind == np.float64 else np.float32
+        wide = np.dtype(np.float64 if kind == np.float64 else np.float32)
         found = dict.fromkeys(("x", "dy", *(["residual"] if self.residual else [])), (case.shape, kind))
-        found |= dict.fromkeys(("weight", "bias", "running_mean", "running_var"), params)
+        found |= dict.fromkeys(("weight", "bias", "running_mean", "running_var"), ((case.shape[case.channel],), wide))
         if self.mask:
             found["mask"] = self._mask_shape, np.dtype(bool)
         return found

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -132,7 +132,8 @@ def _dry(console: Console, report: Found, quick: bool, jobs: int) -> None:
     begin = time.monotonic()
     module = import_module(SIMULATED_DEVICE)
     simulated = CudaBackend(module.SimulatedDevice)
-    put, get = simulated.device_of(0).memory.tensor, module.Tensor.numpy
+    memory: Any = simulated.device_of(0).memory
+    put, get = memory.tensor, module.Tensor.numpy
     look = partial(gpu_measure.correctness, put=put, get=get, single=checks.SIMULATED)
     report["checks"] = Budget(math.inf).run(
         (check.name, partial(look, check, backend=simulated, runs=1)) for check in checks.dry_checks(quick)

@@ -428,7 +428,7 @@ class Cuda:
 def site() -> tuple[Any, ...]:
     """Which call of the kernel it is that called the caller, with all calls of helpers on the way: Numba inlines these,
     and each call has barriers and shared arrays of its own."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     found: list[Any] = []
     while frame is not None:
         found += frame.f_code, frame.f_lasti
