@@ -19,8 +19,8 @@ from nbnorm import arrays, dispatch, engine
 from nbnorm.devices import DeviceArray, allocates
 
 pytest.importorskip("greenlet", reason="greenlet is not installed (it comes with the test extra)")
+from nbnorm_backends.numba_cuda import again, cubins, device, launch, plans
 from nbnorm_backends.numba_cuda import backend as cuda_backend
-from nbnorm_backends.numba_cuda import cubins, device, launch, plans
 from nbnorm_backends.numba_cuda.simulated_device import LENT, SimulatedDevice, SimulatedMemory, Tensor, Tensors
 
 EPS = 1e-5
@@ -764,6 +764,30 @@ def test_a_forked_child_is_refused(machine: Machine, monkeypatch: pytest.MonkeyP
         nbnorm.layer_norm(normal(4, 8), 8, backend="cuda")
 
 
+def test_a_plan_is_refused_in_a_forked_child(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = machine.tensor(normal(4, 8))
+    plan = nbnorm.plan(nbnorm.layer_norm, x, 8)
+    plan(x)
+    started = len(machine.launches)
+    monkeypatch.setattr(again.os, "getpid", lambda: 0)
+    with pytest.raises(nbnorm.BackendError, match="CUDA does not survive a fork"):
+        plan(x)
+    assert len(machine.launches) == started
+
+
+def test_more_blocks_than_cuda_starts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch, Machine(run=False, multiprocessors=132))
+    x = Tensor(machine.devices[0].memory.empty((2**31, 1, 3), np.float16))
+    y, pullback = nbnorm.vjp(nbnorm.instance_norm, x, weight=Tensor(machine.devices[0].memory.empty((1,), np.float16)))
+    started = len(machine.launches)
+    with pytest.raises(
+        nbnorm.BackendError,
+        match=r"x, seen as \d.* takes \d+ blocks of the kernel .*, and CUDA starts 2147483647 at most",
+    ):
+        pullback(y)
+    assert len(machine.launches) == started
+
+
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
@@ -1122,11 +1146,31 @@ def test_errors_name_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(nbnorm.BackendError, match=message):
         opened.bind((plans.Launch(launch.Variant("commit", "float32", vector=False), 1, 256, {}),))
 
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    monkeypatch.setattr(cubins, "kernel_of", out_of_memory)
+    with pytest.raises(
+        nbnorm.BackendError, match="OUT_OF_MEMORY: out of memory: free memory there, or pass fewer"
+    ) as e:
+        opened.bind((plans.Launch(launch.Variant("commit", "float32", vector=False), 1, 256, {}),))
+    assert "pip install" not in str(e.value)
+
     driver.error = Error(100)
     with pytest.raises(
         nbnorm.BackendError, match="cuda:2: CUDA_ERROR_NO_DEVICE: no GPU is visible; look at nvidia-smi"
     ):
         device.CudaDevice(2)
+
+
+def test_a_context_that_cannot_be_asked_for_is_an_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Error(int):
+        name = "CUDA_ERROR_NOT_INITIALIZED"
+
+    opened = device.CudaDevice(1)
+    monkeypatch.setattr(Driver, "cuCtxGetCurrent", lambda self: (Error(3), None))
+    with pytest.raises(nbnorm.BackendError, match="CUDA_ERROR_NOT_INITIALIZED: CUDA does not survive a fork"):
+        launch_sums(opened)
 
 
 def test_a_device_that_cannot_be_opened_is_an_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ class CudaBackend(Backend):
         if request.device == "cuda" and request.op in HOST_ONLY:
             return f"computes {request.op} in part on the host: it takes host arrays alone"
         if self._process not in (0, os.getpid()):
-            return "CUDA does not survive a fork: start the process by spawn or forkserver"
+            return device.FORKED
         return self._problem()
 
     def fuses(self, request: Request) -> bool:

@@ -66,6 +66,7 @@ SCALAR_ROWS_OF_DOUBLES = tuple(each._replace(since=90) for each in SCALAR_ROWS) 
 # the memory's latency. Two blocks would have twice as many, but sm_80 spills 8 to 48 bytes in 64 registers, sm_90 none,
 # and of 65536 float32 the rows under way would no longer fit. Which counts more is for a GPU to tell.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
+GRID = 2**31 - 1  # blocks, the most that CUDA starts
 BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
 COLUMN_SUMS = columns.SUMS_BLOCK, 3
 

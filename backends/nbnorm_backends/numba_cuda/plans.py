@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm.backend import Epilogue
+from nbnorm.errors import BackendError
 from nbnorm.layout import Layout
 from nbnorm_backends.numba_cuda import functions, planes, totals
 from nbnorm_backends.numba_cuda.launch import (
     BLOCK,
+    GRID,
     ITEM_SIZES,
     LONG_ROWS,
     VECTOR_BYTES,
@@ -492,6 +494,12 @@ def _plan(norm: Norm, launches: Iterable[Launch]) -> Plan:
         sizes |= {name: Buffer("real", n * g) for name in FOUND} | {"valid": Buffer("int64", n * g)}
     found: dict[str, Buffer] = {}
     for launch in launches:
+        if launch.grid > GRID:
+            shape = " x ".join(map(str, norm.layout))
+            raise BackendError(
+                f"x, seen as {shape}, takes {launch.grid} blocks of the kernel {launch.variant.name}, and CUDA starts "
+                f"{GRID} at most: pass fewer samples at a time"
+            )
         part = _part_size(launch)
         sizes |= {name: Buffer("real", part) for name in (*PARTS[1:], "part_weight", "part_bias")}
         sizes |= {"part_n": Buffer("int32", part), "counters": Buffer("int32", launch.grid, zero=True)}

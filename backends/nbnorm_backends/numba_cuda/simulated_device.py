@@ -17,12 +17,12 @@ from nbnorm import arrays
 from nbnorm.devices import DeviceArray, Library, allocates
 from nbnorm_backends.numba_cuda import simulator
 from nbnorm_backends.numba_cuda.device import HostMemory, Start
-from nbnorm_backends.numba_cuda.launch import POINTERS, REALS, VECTOR_BYTES, Variant
+from nbnorm_backends.numba_cuda.launch import GRID, POINTERS, REALS, VECTOR_BYTES, Variant
 from nbnorm_backends.numba_cuda.plans import Launch
 
 NOWHERE = 2**60  # no processor has such addresses: whoever reads one on the host is found at once
 LENT: dict[int, int] = {}  # host memory that stands for a device's: addresses and bytes, the newest last
-GRID, THREADS = 2**31 - 1, 1024  # the most that CUDA starts
+THREADS = 1024  # of a block, the most that CUDA starts
 
 
 class Block:
