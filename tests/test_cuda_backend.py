@@ -462,6 +462,20 @@ def test_later_calls_see_alignment_streams_and_devices(machine: Machine) -> None
         nbnorm.layer_norm(machine.tensor(x, 1), 64, machine.tensor(weight))
 
 
+@pytest.mark.parametrize("off", ["x", "weight", "bias"])
+def test_later_calls_see_the_alignment_of_each_array(machine: Machine, off: str) -> None:
+    memory, given = machine.devices[0].memory, {"x": normal(5, 64), "weight": normal(64), "bias": normal(64, seed=4)}
+    for moved in (None, None, off):
+        there = {}
+        for name, array in given.items():
+            memory.shift = 4 if name == moved else 0
+            there[name] = machine.tensor(array)
+        memory.shift = 0
+        y = nbnorm.layer_norm(there["x"], 64, there["weight"], there["bias"])
+    assert [name.split("_")[-2] for name in names(machine)] == ["vector", "vector", "scalar"]
+    np.testing.assert_allclose(y.numpy(), nbnorm.layer_norm(given["x"], 64, *list(given.values())[1:]), atol=1e-5)
+
+
 # ---- strides, alignment, streams, devices ----------------------------------------------------------------------------
 
 
