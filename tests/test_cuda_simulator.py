@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -347,6 +348,28 @@ def plain_access_beside_atomics(cuda, wrong):
             cuda.atomic.add(count, 0, 1)  # or here
             if wrong:
                 y[cuda.blockIdx.x] = f32(count[0])  # here
+
+    return kernel
+
+
+@planted(r"race: unordered after a write by block \d thread 0, a write of count\[0\]", r"block \d thread 0", 3, 32)
+def plain_write_after_ones_own_atomic(cuda, wrong):
+    def kernel(x, y, count):
+        if cuda.threadIdx.x == 0:
+            cuda.threadfence()
+            old = cuda.atomic.add(count, 0, 1)
+            if not wrong:
+                cuda.threadfence()
+            if old == 2:
+                count[0] = 0  # here
+
+    return kernel
+
+
+@planted(r"floating-point atomic: y\[0\] of float32", block=32)
+def atomic_of_floats(cuda, wrong):
+    def kernel(x, y, count):
+        cuda.atomic.add(y if wrong else count, 0, 1)  # here
 
     return kernel
 
@@ -824,9 +847,15 @@ def test_constants_in_float64_are_refused() -> None:
 
         return kernel
 
+    def attribute(cuda):
+        def kernel(y):
+            y[0] = f32(1) * math.pi
+
+        return kernel
+
     def converted(cuda):
         def kernel(y):
-            y[0] = f32(0.5) * f32(third)
+            y[0] = f32(0.5) * f32(third) * f32(math.pi)
 
         return kernel
 
@@ -835,6 +864,7 @@ def test_constants_in_float64_are_refused() -> None:
         (closure, "0.333"),
         (unrolled, r"\(0.5, 0.25\)"),
         (device_function, "0.5"),
+        (attribute, "3.14"),
     ):
         with pytest.raises(SimulatorError, match=rf"float64 constant {value}.*test_cuda_simulator\.py:\d+"):
             launch(factory, 1, 1, (empty(1, f32),))
