@@ -662,8 +662,8 @@ def test_few_long_rows_are_split_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, "float32", *params_of(case, "float32"), bound=1)
 
 
-def test_every_family_is_run_cuda() -> None:
-    """By some case above: those that a mask or a weight leads to, by their own."""
+def test_every_family_is_planned_cuda() -> None:
+    """For some case above, which runs it: those that a mask or a weight leads to are there by their own."""
     families = {"commit"}
     for case in CASES:
         x, weight, bias, _ = params_of(case, "float32")

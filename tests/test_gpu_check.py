@@ -173,9 +173,21 @@ def test_dry_without_what_compiles_cuda(hidden: str) -> None:
 
 
 def test_without_the_command_line_extra_cuda() -> None:
-    result = command(before="sys.modules['typer'] = None")
+    """Behind the driver, where that is missing too."""
+    result = command(before=f"{NO_DRIVER}\nsys.modules['typer'] = None")
+    assert result.returncode == 2
+    problem, needs = result.stderr.splitlines()
+    assert problem == "no NVIDIA driver: install it"
+    assert needs == 'gpu_check needs typer: pip install "nbnorm[cli,cuda,torch]"'
+    result = command("--dry", before="sys.modules['typer'] = None")
     assert result.returncode == 2
     assert result.stderr == 'gpu_check needs typer: pip install "nbnorm[cuda-check]"\n'
+
+
+def test_numbers_that_are_not_finite_are_json_cuda(tmp_path: Path) -> None:
+    gpu_command._save({"checks": [{"error": float("nan"), "bound": (1.5, float("inf"))}]}, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"checks": [{"error": "nan", "bound": [1.5, "inf"]}]}
 
 
 @pytest.mark.parametrize("arguments", [["--quick"], ["--out", "/no/such/folder"], ["--jobs", "0"], ["--budget", "-1"]])

@@ -107,7 +107,16 @@ def _versions() -> dict[str, str]:
 
 def _save(report: Found, path: Path) -> None:
     with replacing(path) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+        file.write((json.dumps(_standard(report), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _standard(value: Any) -> Any:
+    """What JSON has words for: numbers that are not finite as strings, such as "nan"."""
+    if isinstance(value, dict):
+        return {name: _standard(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,10 @@ WARP = functions.WARP
 BLOCKS_PER_MULTIPROCESSOR = 4  # of 256 threads: two to four run at the same time, by their registers
 ROWS_PER_MULTIPROCESSOR = {"row_forward": 8, "long_row_forward": 8, "row_backward": 2}  # blocks that go from row to row
 SHORT_ROWS = 1024  # a warp has longer ones in 8 rounds or more, and a block in fewer
-FEW_ROWS = 64  # of fewer and longer ones than 2^16 elements each is split between blocks
+# Fewer rows, of more elements, are split between blocks, in two launches and 3T in place of one and 2T: with a block
+# each they would leave half of an H100's 132 multiprocessors idle. One of these, at its share of 25 GB/s, reads 2^16
+# float32 in 10 us; for less a second launch does not pay.
+FEW_ROWS, SPLIT_LENGTH = 64, 2**16
 
 
 class Buffer(NamedTuple):
@@ -68,7 +71,7 @@ class Norm:
 
     Attributes
     ----------
-    wide : weight and bias are of the type that is computed in, not of x's.
+    wide : weight and bias are float32, beside x of a half type.
     total : x + residual is normalized and stored, in place of the epilogue's residual; needs r = 1.
     mask : shape of the mask, each axis 1 or full.
     fixed : the statistics are given, with `shared` one for each group in place of each sample and group, and with
@@ -123,7 +126,7 @@ class Norm:
             functions.CENTER: self.center,
             functions.WEIGHT: self.weight,
             functions.BIAS: self.bias,
-            functions.WIDE: self.wide and ITEM_SIZES[self.kind] == 2,
+            functions.WIDE: self.wide,
             functions.RESIDUAL: self.residual and not self.total,
             functions.TOTAL: self.total,
             functions.MASK: self.mask is not None,
@@ -162,12 +165,11 @@ class Norm:
 
     def inputs(self, *names: str) -> dict[str, Any]:
         """The pointers of these names, None where the norm has no such array."""
-        wide = self.wide and ITEM_SIZES[self.kind] == 2
         absent = {
-            "weight": not self.weight or wide,
-            "bias": not self.bias or wide,
-            "weight_wide": not (self.weight and wide),
-            "bias_wide": not (self.bias and wide),
+            "weight": not self.weight or self.wide,
+            "bias": not self.bias or self.wide,
+            "weight_wide": not (self.weight and self.wide),
+            "bias_wide": not (self.bias and self.wide),
             "residual": not (self.residual or self.total),
             "total": not self.total,
             "addend": not self.addend,
@@ -256,7 +258,7 @@ def _rows_forward(norm: Norm) -> Launch | None:
     """One launch, where rows are contiguous and many."""
     n, r, g, c, s = norm.layout
     rows, length = n * g, c * s
-    if r > 1 or (rows < FEW_ROWS and length > 2**16 and not norm.total):
+    if r > 1 or (rows < FEW_ROWS and length > SPLIT_LENGTH and not norm.total):
         assert not norm.total, "x + residual is normalized in rows alone"
         return None
     per_plane = norm.weighted and (g > 1 or s > 1)
