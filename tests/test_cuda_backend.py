@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -474,6 +477,67 @@ def test_later_calls_see_the_alignment_of_each_array(machine: Machine, off: str)
         y = nbnorm.layer_norm(there["x"], 64, there["weight"], there["bias"])
     assert [name.split("_")[-2] for name in names(machine)] == ["vector", "vector", "scalar"]
     np.testing.assert_allclose(y.numpy(), nbnorm.layer_norm(given["x"], 64, *list(given.values())[1:]), atol=1e-5)
+
+
+THREADS = 4
+
+
+def in_threads(call: Any) -> list[Any]:
+    """What it gives to several threads that begin together, for their numbers."""
+    together = threading.Barrier(THREADS)
+
+    def begin(i: int) -> Any:
+        together.wait()
+        return call(i)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(begin, range(THREADS)))
+
+
+def test_threads_may_call_and_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first call on, which opens the device, to those that are remembered."""
+    opened: list[int] = []
+    machine = install(monkeypatch, Machine())
+
+    def slowly(ordinal: int) -> SimulatedDevice:
+        opened.append(ordinal)
+        time.sleep(0.05)
+        return machine.devices[ordinal]
+
+    machine.backend._open = slowly
+    weight, xs = normal(64), [normal(5, 64, seed=i) for i in range(THREADS)]
+    expected = [nbnorm.layer_norm(x, 64, weight) for x in xs]
+    there = [(machine.tensor(x), machine.tensor(weight)) for x in xs]
+
+    def calls(i: int) -> list[Any]:
+        x, w = there[i]
+        return [nbnorm.layer_norm(x, 64, w).numpy() for _ in range(3)]
+
+    for found, wanted in zip(in_threads(calls), expected, strict=True):
+        for y in found:
+            np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    assert opened == [0]
+    assert len(dispatch.registry.calls) == 2  # the host's too
+    plan = nbnorm.plan(nbnorm.layer_norm, there[0][0], 64, there[0][1])
+    for y, wanted in zip(in_threads(lambda i: plan(there[i][0]).numpy()), expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    assert len(machine.launches) == 4 * THREADS
+
+
+def test_a_kernel_is_compiled_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def slowly(variant: Any, capability: Any) -> cubins.Kernel:
+        compiled.append(variant)
+        time.sleep(0.05)
+        return cubins.Kernel(b"", variant.name, ())
+
+    monkeypatch.setattr(cubins, "_kernels", {})
+    monkeypatch.setattr(cubins, "_read", lambda *_: None)
+    monkeypatch.setattr(cubins, "_compiled", slowly)
+    found = in_threads(lambda i: cubins.kernel_of(SUMS, (9, 0)))
+    assert all(each is found[0] for each in found)
+    assert compiled == [SUMS]
 
 
 # ---- strides, alignment, streams, devices ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -93,6 +94,7 @@ class SimulatedMemory(HostMemory, Library):
         self.device, self.shift = f"cuda:{ordinal}", 0
         self._next = NOWHERE * (ordinal + 1)
         self._blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
+        self._lock = threading.Lock()
 
     def stream(self) -> int:
         return self.current
@@ -115,8 +117,9 @@ class SimulatedMemory(HostMemory, Library):
 
     @allocates
     def block(self, size: int, *, zero: bool = False) -> tuple[Block, int]:
-        block = self._blocks[self._next] = Block(self._next, size, zero=zero)
-        self._next += -(-(size + 1) // 256) * 256
+        with self._lock:
+            block = self._blocks[self._next] = Block(self._next, size, zero=zero)
+            self._next += -(-(size + 1) // 256) * 256
         return block, block.pointer
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
@@ -127,9 +130,9 @@ class SimulatedMemory(HostMemory, Library):
 
     def at(self, pointer: int, dtype: np.dtype[Any], others: Iterable[int]) -> DeviceArray:
         """The array at an address, which goes on until the next of the others, or until the end of its block."""
-        block = next(
-            (each for each in self._blocks.values() if each.pointer <= pointer < each.pointer + each.size), None
-        )
+        with self._lock:
+            blocks = list(self._blocks.values())
+        block = next((each for each in blocks if each.pointer <= pointer < each.pointer + each.size), None)
         if block is None:
             begin, size = next(item for item in reversed(LENT.items()) if 0 <= pointer - item[0] < max(item[1], 1))
             past = begin % VECTOR_BYTES  # the simulator counts from where an array begins
@@ -187,13 +190,15 @@ class SimulatedDevice:
         self.memory = SimulatedMemory(ordinal)
         self.launches: list[Record] = []
         self._run, self._seed = run, seed
+        self._lock = threading.RLock()
 
     def bind(self, launches: tuple[Launch, ...]) -> Start:
         made = [(launch, *_factory(launch.variant)) for launch in launches]
 
         def start(stream: int, at: Mapping[str, int]) -> None:
-            for launch, factory, names in made:
-                self._start(launch, factory, names, stream, at)
+            with self._lock:  # kernels of one stream run one after another
+                for launch, factory, names in made:
+                    self._start(launch, factory, names, stream, at)
 
         return start
 
