@@ -99,14 +99,15 @@ class DeviceMoments(ABC):
 
     count: Any  # elements behind each: one number, or (n, g) under a mask
     mean: Stats
+    ready: Any = None  # what `Backend.ready` gave before the forward
 
     @abstractmethod
     def host(self) -> Moments:
         """The same in host memory, for which the host waits."""
 
     @abstractmethod
-    def commit(self, running_mean: View, running_var: View, momentum: float) -> None:
-        """Move running statistics (g,) on the device, in its order of work, as `Moments.update` does."""
+    def commit(self) -> None:
+        """Move the running statistics of `ready` on the device, in its order of work, as `Moments.update` does."""
 
 
 class Backend(ABC):
@@ -168,6 +169,11 @@ class Backend(ABC):
         """dx = rstd * (weight*dy - k1 - xhat*k2), in x's dtype; k1 and k2 are (n, g), None for zero."""
 
     # ---- what the engine calls: composed here, and overridden by backends that fuse ---------------------------------
+
+    def ready(self, x: View, running_mean: View, running_var: View, momentum: float, *, masked: bool) -> Any:
+        """Of arrays on a device, before the forward of x: what may fail of moving running statistics (g,), done, for
+        `DeviceMoments.commit`."""
+        return None
 
     def fixed_stats(self, mean: View, var: View, eps: float, n: int) -> tuple[Stats, Stats]:
         """`stats` for `forward` from given statistics (g,), which may change later."""

@@ -321,6 +321,10 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
     out = None if call.out is None else view_like(call.out.view, axes, plan, copy=False)
     x, total = placed.five_axes(), call.x.view
     found: Any = None
+    ready = None
+    if call.running is not None and not on_host(x):
+        given = call.running.mean.view, call.running.var.view
+        ready = backend.ready(x, *given, call.running.momentum, masked=mask is not None)
     if call.renorm is not None:
         found = backend.statistics(x, center=True, mask=mask, epilogue=epilogue)
         stats = found.mean, masked_rstd(found, call.eps)
@@ -334,6 +338,8 @@ def _forward(call: Call, placed: Placed, ran: Ran) -> tuple[NDArray[Any], NDArra
         addend = view_input(call.addend.view, axes, plan)
         y, sums, found, rstd = backend.add_forward(x, addend, weight, bias, call.eps, center=center, out=out)
         x, total = read_only(sums), from_five_axes(sums, call, plan)
+    if isinstance(found, DeviceMoments):
+        found.ready = ready
     mean = None if not center else found.mean if found is not None else stats[0] if stats else None
     valid = None if mask is None or found is None else found.count
     param_shape = plan.param_shape if _has_params(call) else None
@@ -347,7 +353,7 @@ def _commit(running: Running, batch: Moments | DeviceMoments) -> None:
     """Both new values first, then both writes: an error leaves the running statistics as they were."""
     mean, var = running.mean.view, running.var.view
     if isinstance(batch, DeviceMoments):
-        batch.commit(mean, var, running.momentum)
+        batch.commit()
     else:
         mean, var = batch.blend(mean, var, running.momentum)
     running.mean.write(mean)

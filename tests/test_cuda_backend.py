@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,52 +22,17 @@ from nbnorm import arrays, dispatch, engine
 from nbnorm.devices import DeviceArray, allocates
 
 pytest.importorskip("greenlet", reason="greenlet is not installed (it comes with the test extra)")
+from nbnorm_backends.numba_cuda import again, cubins, device, launch, plans
 from nbnorm_backends.numba_cuda import backend as cuda_backend
-from nbnorm_backends.numba_cuda import cubins, device, launch, plans
-from nbnorm_backends.numba_cuda.simulated_device import LENT, SimulatedDevice, SimulatedMemory
+from nbnorm_backends.numba_cuda.simulated_device import LENT, SimulatedDevice, SimulatedMemory, Tensor, Tensors
 
 EPS = 1e-5
 
 
-class Tensor:
-    """An array of a library that has its memory on a simulated device: nothing but its adapter reads it."""
-
-    def __init__(self, at: DeviceArray) -> None:
-        self.at = at
-
-    def numpy(self) -> Any:
-        return self.at.host()
-
-
-class Tensors(arrays.NumpyArrays):
-    """The adapter of `Tensor`."""
-
-    kind = "simulated"
-
-    def accepts(self, cls: type) -> bool:
-        return cls is Tensor
-
-    def view(self, array: Any, name: str) -> Any:
-        return array.at
-
-    def wrap(self, result: Any, like: Any) -> Any:
-        assert isinstance(result, DeviceArray), "a result that does not lie on the device"
-        return Tensor(result)
-
-    def key(self, array: Any) -> Any:
-        return array.at.shape, array.at.strides, array.at.dtype, array.at.device
-
-
 class TensorMemory(SimulatedMemory):
-    """The memory of `Tensor`."""
+    """The memory of `Tensor`, which counts the blocks that were taken."""
 
-    taken = 0  # blocks
-
-    def address(self, array: Any) -> int:
-        return array.at.pointer if isinstance(array, Tensor) else array.pointer + self.shift
-
-    def like(self, array: Any) -> Any:
-        return Tensor(super().like(array.at))
+    taken = 0
 
     def block(self, size: int, *, zero: bool = False) -> Any:
         self.taken += 1
@@ -86,11 +54,7 @@ class Machine:
 
     def tensor(self, array: Any, ordinal: int = 0) -> Tensor | None:
         """A copy on the device, with the strides of the array."""
-        if array is None:
-            return None
-        order = np.argsort([-abs(step) for step in array.strides], kind="stable")
-        lies = self.devices[ordinal].memory.upload(np.ascontiguousarray(array.transpose(order)))
-        return Tensor(lies.transpose(np.argsort(order)))
+        return None if array is None else self.devices[ordinal].memory.tensor(array)
 
 
 @pytest.fixture
@@ -258,6 +222,23 @@ def test_given_statistics_normalize(machine: Machine, op: Any, shape: tuple[int,
     var = abs(normal(shape[1], dtype=dtype, seed=8))
     keys = {} if op is nbnorm.batch_norm else {"use_input_stats": False}
     like_the_host(machine, op, x, running_mean=mean, running_var=var, weight=weight, bias=bias, **keys)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("params", [("weight",), ("bias",), ("weight", "bias")], ids="-".join)
+@pytest.mark.parametrize("op", [nbnorm.batch_norm, nbnorm.instance_norm])
+def test_given_statistics_under_a_mask(machine: Machine, op: Any, params: tuple[str, ...], last: bool) -> None:
+    """Nothing has counted what is valid."""
+    x, mean, var = normal(3, 4, 6), normal(4, seed=7), abs(normal(4, seed=8))
+    mask = np.random.default_rng(1).random((3, 1, 6)) < 0.6
+    x[np.broadcast_to(~mask, x.shape)] = np.nan
+    if last:
+        x, mask = (np.ascontiguousarray(array.transpose(0, 2, 1)) for array in (x, mask))
+    keys: dict[str, Any] = {} if op is nbnorm.batch_norm else {"use_input_stats": False}
+    keys |= {name: normal(4, seed=seed) for seed, name in enumerate(params)} | {"channel_axis": -1 if last else 1}
+    like_the_host(machine, op, x, running_mean=mean, running_var=var, mask=mask, **keys)
+    _, pullback = nbnorm.vjp(op, x, mean, var, mask=mask, **keys, backend="cuda")
+    assert np.isfinite(pullback(np.ones_like(x)).x).all()
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32"),
@@ -484,6 +465,81 @@ def test_later_calls_see_alignment_streams_and_devices(machine: Machine) -> None
         nbnorm.layer_norm(machine.tensor(x, 1), 64, machine.tensor(weight))
 
 
+@pytest.mark.parametrize("off", ["x", "weight", "bias"])
+def test_later_calls_see_the_alignment_of_each_array(machine: Machine, off: str) -> None:
+    memory, given = machine.devices[0].memory, {"x": normal(5, 64), "weight": normal(64), "bias": normal(64, seed=4)}
+    for moved in (None, None, off):
+        there = {}
+        for name, array in given.items():
+            memory.shift = 4 if name == moved else 0
+            there[name] = machine.tensor(array)
+        memory.shift = 0
+        y = nbnorm.layer_norm(there["x"], 64, there["weight"], there["bias"])
+    assert [name.split("_")[-2] for name in names(machine)] == ["vector", "vector", "scalar"]
+    np.testing.assert_allclose(y.numpy(), nbnorm.layer_norm(given["x"], 64, *list(given.values())[1:]), atol=1e-5)
+
+
+THREADS = 4
+
+
+def in_threads(call: Any) -> list[Any]:
+    """What it gives to several threads that begin together, for their numbers."""
+    together = threading.Barrier(THREADS)
+
+    def begin(i: int) -> Any:
+        together.wait()
+        return call(i)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(begin, range(THREADS)))
+
+
+def test_threads_may_call_and_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first call on, which opens the device, to those that are remembered."""
+    opened: list[int] = []
+    machine = install(monkeypatch, Machine())
+
+    def slowly(ordinal: int) -> SimulatedDevice:
+        opened.append(ordinal)
+        time.sleep(0.05)
+        return machine.devices[ordinal]
+
+    machine.backend._open = slowly
+    weight, xs = normal(64), [normal(5, 64, seed=i) for i in range(THREADS)]
+    expected = [nbnorm.layer_norm(x, 64, weight) for x in xs]
+    there = [(machine.tensor(x), machine.tensor(weight)) for x in xs]
+
+    def calls(i: int) -> list[Any]:
+        x, w = there[i]
+        return [nbnorm.layer_norm(x, 64, w).numpy() for _ in range(3)]
+
+    for found, wanted in zip(in_threads(calls), expected, strict=True):
+        for y in found:
+            np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    assert opened == [0]
+    assert len(dispatch.registry.calls) == 2  # the host's too
+    plan = nbnorm.plan(nbnorm.layer_norm, there[0][0], 64, there[0][1])
+    for y, wanted in zip(in_threads(lambda i: plan(there[i][0]).numpy()), expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    assert len(machine.launches) == 4 * THREADS
+
+
+def test_a_kernel_is_compiled_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def slowly(variant: Any, capability: Any) -> cubins.Kernel:
+        compiled.append(variant)
+        time.sleep(0.05)
+        return cubins.Kernel(b"", variant.name, ())
+
+    monkeypatch.setattr(cubins, "_kernels", {})
+    monkeypatch.setattr(cubins, "_read", lambda *_: None)
+    monkeypatch.setattr(cubins, "_compiled", slowly)
+    found = in_threads(lambda i: cubins.kernel_of(SUMS, (9, 0)))
+    assert all(each is found[0] for each in found)
+    assert compiled == [SUMS]
+
+
 # ---- strides, alignment, streams, devices ----------------------------------------------------------------------------
 
 
@@ -667,6 +723,29 @@ def test_a_launch_that_fails_writes_no_statistics(
     assert (var.numpy() == 1).all()
 
 
+@pytest.mark.parametrize("failing", ["bind", "convert"])
+def test_what_moves_statistics_fails_before_anything_is_written(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    x, out = machine.tensor(normal(4, 8)), machine.tensor(np.zeros((4, 8), np.float32))
+    mean, var = (machine.tensor(np.zeros(8, np.float64 if failing == "convert" else np.float32)) for _ in range(2))
+
+    def no(*_: Any) -> Any:
+        raise nbnorm.BackendError("no")
+
+    if failing == "convert":
+        monkeypatch.setattr(TensorMemory, "converted", no)
+    else:
+        bind = machine.devices[0].bind
+        monkeypatch.setattr(
+            machine.devices[0], "bind", lambda each: no() if each[0].variant.family == "commit" else bind(each)
+        )
+    with pytest.raises(nbnorm.BackendError, match="no"):
+        nbnorm.batch_norm(x, mean, var, training=True, out=out)
+    assert not machine.launches
+    assert not out.numpy().any()
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -761,6 +840,30 @@ def test_a_forked_child_is_refused(machine: Machine, monkeypatch: pytest.MonkeyP
     dispatch.registry._forget()  # as a child does
     with pytest.raises(nbnorm.BackendError, match="CUDA does not survive a fork"):
         nbnorm.layer_norm(normal(4, 8), 8, backend="cuda")
+
+
+def test_a_plan_is_refused_in_a_forked_child(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = machine.tensor(normal(4, 8))
+    plan = nbnorm.plan(nbnorm.layer_norm, x, 8)
+    plan(x)
+    started = len(machine.launches)
+    monkeypatch.setattr(again.os, "getpid", lambda: 0)
+    with pytest.raises(nbnorm.BackendError, match="CUDA does not survive a fork"):
+        plan(x)
+    assert len(machine.launches) == started
+
+
+def test_more_blocks_than_cuda_starts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch, Machine(run=False, multiprocessors=132))
+    x = Tensor(machine.devices[0].memory.empty((2**31, 1, 3), np.float16))
+    y, pullback = nbnorm.vjp(nbnorm.instance_norm, x, weight=Tensor(machine.devices[0].memory.empty((1,), np.float16)))
+    started = len(machine.launches)
+    with pytest.raises(
+        nbnorm.BackendError,
+        match=r"x, seen as \d.* takes \d+ blocks of the kernel .*, and CUDA starts 2147483647 at most",
+    ):
+        pullback(y)
+    assert len(machine.launches) == started
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
@@ -1121,11 +1224,31 @@ def test_errors_name_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(nbnorm.BackendError, match=message):
         opened.bind((plans.Launch(launch.Variant("commit", "float32", vector=False), 1, 256, {}),))
 
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    monkeypatch.setattr(cubins, "kernel_of", out_of_memory)
+    with pytest.raises(
+        nbnorm.BackendError, match="OUT_OF_MEMORY: out of memory: free memory there, or pass fewer"
+    ) as e:
+        opened.bind((plans.Launch(launch.Variant("commit", "float32", vector=False), 1, 256, {}),))
+    assert "pip install" not in str(e.value)
+
     driver.error = Error(100)
     with pytest.raises(
         nbnorm.BackendError, match="cuda:2: CUDA_ERROR_NO_DEVICE: no GPU is visible; look at nvidia-smi"
     ):
         device.CudaDevice(2)
+
+
+def test_a_context_that_cannot_be_asked_for_is_an_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Error(int):
+        name = "CUDA_ERROR_NOT_INITIALIZED"
+
+    opened = device.CudaDevice(1)
+    monkeypatch.setattr(Driver, "cuCtxGetCurrent", lambda self: (Error(3), None))
+    with pytest.raises(nbnorm.BackendError, match="CUDA_ERROR_NOT_INITIALIZED: CUDA does not survive a fork"):
+        launch_sums(opened)
 
 
 def test_a_device_that_cannot_be_opened_is_an_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

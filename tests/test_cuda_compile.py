@@ -59,8 +59,9 @@ def test_the_samples_are_listed_cuda() -> None:
 def test_within_budget_cuda(variant: Variant) -> None:
     since = 80 if variant.rows is None else variant.rows.since
     compiler = importlib.import_module("nbnorm_backends.numba_cuda.compiler")
-    for compiled in compiler.compile_for_each(variant, launch.CAPABILITIES[since > 80 :]):
-        assert broken(facts_of(compiled), budget_of(variant)) == []
+    capabilities = launch.CAPABILITIES[since > 80 :]
+    for capability, compiled in zip(capabilities, compiler.compile_for_each(variant, capabilities), strict=True):
+        assert broken(facts_of(compiled), budget_of(variant, capability)) == []
 
 
 def make_spilling(cuda: Any, P: Any, vector: bool, threads: int, elements: int, block: int) -> Any:
@@ -86,11 +87,31 @@ def make_spilling(cuda: Any, P: Any, vector: bool, threads: int, elements: int, 
 @compiles
 def test_a_spill_is_found_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(launch.FACTORIES, "spilling", make_spilling)
-    monkeypatch.setitem(launch.BUDGETS, "spilling", Budget(255))
+    monkeypatch.setitem(launch.BUDGETS, "spilling", Budget())
+    monkeypatch.setitem(launch.REGISTERS, "spilling", (255,) * 6)
     assert check([Variant("spilling", "float32", True, RowClass(1024, 96, 1024))], [(9, 0)]) == 1
     table = capsys.readouterr().out
     assert "spills: " in table
     assert "local: " in table
+
+
+@compiles
+def test_registers_below_the_bounds_of_a_launch_are_found_cuda(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three blocks of 128 threads leave 168 for each."""
+    monkeypatch.setitem(launch.FACTORIES, "row_forward", make_spilling)
+    monkeypatch.setitem(launch.BUDGETS, "row_forward", Budget())
+    assert check([Variant("row_forward", "float32", True, RowClass(128, 112, 128))], [(9, 0)]) == 1
+    errors = capsys.readouterr().out.splitlines()[1].split("  ")[-1]
+    assert re.search(r"\d+ registers, over 120$", errors)
+    assert "spills" not in errors
+
+
+def test_each_family_has_registers_for_what_it_is_compiled_for_cuda() -> None:
+    for variant in variants():
+        for capability in launch.CAPABILITIES[variant.rows is not None and variant.rows.since > 80 :]:
+            assert 0 < budget_of(variant, capability).registers <= 255
 
 
 @compiles
@@ -124,8 +145,21 @@ def test_the_command_prints_a_table_cuda(capsys: pytest.CaptureFixture[str], mon
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["variant", "arch", "regs"]
     assert row.split()[:2] == ["sum_columns_float32_scalar", "sm_90"]
-    monkeypatch.setitem(launch.BUDGETS, "sum_columns", Budget(1))
+    monkeypatch.setitem(launch.REGISTERS, "sum_columns", (1,) * 6)
     assert main(arguments) == 1
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [("typo", "no variant has 'typo' in its name"), ("(", "a regular expression expected, got '('")],
+)
+def test_names_that_no_variant_has_are_refused_cuda(
+    only: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--only", only])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_is_missing_is_named_cuda() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -351,6 +352,28 @@ def plain_access_beside_atomics(cuda, wrong):
     return kernel
 
 
+@planted(r"race: unordered after a write by block \d thread 0, a write of count\[0\]", r"block \d thread 0", 3, 32)
+def plain_write_after_ones_own_atomic(cuda, wrong):
+    def kernel(x, y, count):
+        if cuda.threadIdx.x == 0:
+            cuda.threadfence()
+            old = cuda.atomic.add(count, 0, 1)
+            if not wrong:
+                cuda.threadfence()
+            if old == 2:
+                count[0] = 0  # here
+
+    return kernel
+
+
+@planted(r"floating-point atomic: y\[0\] of float32", block=32)
+def atomic_of_floats(cuda, wrong):
+    def kernel(x, y, count):
+        cuda.atomic.add(y if wrong else count, 0, 1)  # here
+
+    return kernel
+
+
 @planted(r"misaligned vector, 4 bytes off: x\[\d+:\d+\]", block=32, offset=1)
 def misaligned(cuda, wrong):
     def kernel(x, y, count):
@@ -376,6 +399,60 @@ def barriers_on_two_branches(cuda, wrong):
             cuda.syncthreads()  # here
         else:
             cuda.syncthreads()
+
+    return kernel
+
+
+def make_helpers(cuda):
+    """A barrier and a shuffle in functions that kernels call."""
+
+    @P.dev
+    def barrier():
+        cuda.syncthreads()  # or here
+
+    @P.dev
+    def across(value):
+        return cuda.shfl_xor_sync(ALL, value, 1)  # or here
+
+    return barrier, across
+
+
+@planted(r"divergent syncthreads: block 0 thread 32 is at syncthreads", "block 0 thread 0")
+def barriers_of_a_helper_on_two_branches(cuda, wrong):
+    barrier, _ = make_helpers(cuda)
+
+    def kernel(x, y, count):
+        if cuda.threadIdx.x < 32 or not wrong:
+            barrier()
+        else:
+            barrier()
+
+    return kernel
+
+
+@planted(r"divergent syncthreads: block 0 thread 32 is at syncthreads", "block 0 thread 0")
+def three_rounds_against_two_and_one(cuda, wrong):
+    barrier, _ = make_helpers(cuda)
+
+    def kernel(x, y, count):
+        short = wrong and cuda.threadIdx.x >= 32
+        for _ in range(2 if short else 3):
+            barrier()
+        if short:
+            barrier()
+
+    return kernel
+
+
+@planted(r"divergent shfl_xor_sync\(0xffffffff, 1\): block 0 thread 4 is at shfl_xor_sync", block=32)
+def shuffles_of_a_helper_on_two_branches(cuda, wrong):
+    _, across = make_helpers(cuda)
+
+    def kernel(x, y, count):
+        if cuda.threadIdx.x < 4 and wrong:
+            y[cuda.threadIdx.x] = across(x[cuda.threadIdx.x])
+        else:
+            y[cuda.threadIdx.x] = across(x[cuda.threadIdx.x])
 
     return kernel
 
@@ -770,9 +847,15 @@ def test_constants_in_float64_are_refused() -> None:
 
         return kernel
 
+    def attribute(cuda):
+        def kernel(y):
+            y[0] = f32(1) * math.pi
+
+        return kernel
+
     def converted(cuda):
         def kernel(y):
-            y[0] = f32(0.5) * f32(third)
+            y[0] = f32(0.5) * f32(third) * f32(math.pi)
 
         return kernel
 
@@ -781,6 +864,7 @@ def test_constants_in_float64_are_refused() -> None:
         (closure, "0.333"),
         (unrolled, r"\(0.5, 0.25\)"),
         (device_function, "0.5"),
+        (attribute, "3.14"),
     ):
         with pytest.raises(SimulatorError, match=rf"float64 constant {value}.*test_cuda_simulator\.py:\d+"):
             launch(factory, 1, 1, (empty(1, f32),))
@@ -828,6 +912,30 @@ def test_shared_memory_is_limited() -> None:
 
     with pytest.raises(SimulatorError, match="more than 49152 bytes"):
         launch(make, 1, 1, ())
+
+
+def test_each_call_of_a_helper_has_a_shared_array_of_its_own() -> None:
+    """As in what Numba makes of functions that it inlines."""
+
+    def make(cuda):
+        @P.dev
+        def cell(value):
+            array = cuda.shared.array(1, f32)
+            if cuda.threadIdx.x == 0:
+                array[0] = value
+            return array
+
+        def kernel(y):
+            one = cell(f32(1))
+            two = cell(f32(2))
+            cuda.syncthreads()
+            y[cuda.threadIdx.x] = one[0] + two[0]
+
+        return kernel
+
+    y = empty(4, f32)
+    launch(make, 1, 4, (y,))
+    assert y.tolist() == [3] * 4
 
 
 def test_what_one_launch_wrote_another_may_read() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ pytest.importorskip("typer", reason="typer is not installed (it comes with the c
 from rich.console import Console
 
 from nbnorm_backends.numba_cuda import checks, cubins, gpu_command, gpu_device, gpu_measure
+from nbnorm_backends.numba_cuda.backend import CudaBackend
 from nbnorm_backends.numba_cuda.checks import DEVICE, SMALL, Check, Error, errors, exact
 from nbnorm_backends.numba_cuda.gpu_measure import Budget, Goal, traffic
-from nbnorm_backends.numba_cuda.launch import Variant
+from nbnorm_backends.numba_cuda.launch import FACTORIES, KINDS, Variant, variants_of
 
 MODULE = "nbnorm_backends.numba_cuda.gpu_check"
 NEEDED = "is not installed (it comes with the cuda-check extra)"
@@ -116,7 +119,7 @@ def test_an_error_is_found_cuda(tmp_path: Path) -> None:
 def test_a_kernel_over_budget_is_a_failure_cuda() -> None:
     before = (
         "from nbnorm_backends.numba_cuda import checks, cubins, gpu_command, launch\n"
-        "launch.BUDGETS['sum_columns'] = launch.Budget(1)\n"
+        "launch.REGISTERS['sum_columns'] = (1,) * 6\n"
         "gpu_command.samples = lambda: (launch.Variant('sum_columns', 'float32', vector=False),)\n"
         "checks.dry_checks = lambda quick: []\n"
     )
@@ -170,9 +173,21 @@ def test_dry_without_what_compiles_cuda(hidden: str) -> None:
 
 
 def test_without_the_command_line_extra_cuda() -> None:
-    result = command(before="sys.modules['typer'] = None")
+    """Behind the driver, where that is missing too."""
+    result = command(before=f"{NO_DRIVER}\nsys.modules['typer'] = None")
+    assert result.returncode == 2
+    problem, needs = result.stderr.splitlines()
+    assert problem == "no NVIDIA driver: install it"
+    assert needs == 'gpu_check needs typer: pip install "nbnorm[cli,cuda,torch]"'
+    result = command("--dry", before="sys.modules['typer'] = None")
     assert result.returncode == 2
     assert result.stderr == 'gpu_check needs typer: pip install "nbnorm[cuda-check]"\n'
+
+
+def test_numbers_that_are_not_finite_are_json_cuda(tmp_path: Path) -> None:
+    gpu_command._save({"checks": [{"error": float("nan"), "bound": (1.5, float("inf"))}]}, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"checks": [{"error": "nan", "bound": [1.5, "inf"]}]}
 
 
 @pytest.mark.parametrize("arguments", [["--quick"], ["--out", "/no/such/folder"], ["--jobs", "0"], ["--budget", "-1"]])
@@ -572,6 +587,47 @@ def test_a_slow_or_absent_sanitizer_cuda(sanitizer: Callable[[str], None], monke
     assert "not on the PATH" in gpu_measure.sanitize("memcheck", Budget(1))["unavailable"]
 
 
+def planned(chosen: Iterable[Check]) -> set[Variant]:
+    """The kernels that checks start on an H100."""
+    simulated = pytest.importorskip("nbnorm_backends.numba_cuda.simulated_device", reason=f"greenlet {NEEDED}")
+    device = simulated.SimulatedDevice(capability=90, multiprocessors=132, run=False)
+    backend = CudaBackend(lambda ordinal: device)
+
+    def same(array: Any) -> Any:
+        return array
+
+    for check in chosen:
+        inputs = {name: simulated.Tensor(device.memory.empty(*each)) for name, each in check.arrays.items()}
+        checks.run(check, inputs, same, same, backend)
+    return {each.variant for each in device.launches}
+
+
+def test_every_kernel_is_run_on_a_gpu_cuda() -> None:
+    found = planned(chain(checks.plain_checks(checks.LARGE), checks.option_checks(checks.LARGE)))
+    assert found == set(variants_of(KINDS, 90))
+
+
+def test_arrays_of_a_check_are_its_inputs_cuda() -> None:
+    for check in (*checks.plain_checks(SMALL), *checks.option_checks(SMALL)):
+        found = {name: (array.shape, array.dtype) for name, array in check.inputs().items()}
+        assert found == check.arrays
+
+
 def test_the_subset_reaches_every_family_cuda() -> None:
+    assert {variant.family for variant in planned(gpu_command.subset_checks())} == set(FACTORIES)
     assert {check.case.op for check in gpu_command.subset_checks()} == {case.op for case in SMALL}
     assert {check.case.training for check in gpu_command.subset_checks()} == {True, False}
+
+
+@pytest.mark.usefixtures("compiler")
+def test_running_statistics_move_by_the_kernel_in_a_dry_run_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host arrays would have NumPy do it."""
+    monkeypatch.setattr(gpu_command.compile_check, "check", lambda *_: 0)
+    device = importlib.import_module(gpu_command.SIMULATED_DEVICE).SimulatedDevice()
+    monkeypatch.setattr(gpu_command, "CudaBackend", lambda make: CudaBackend(lambda ordinal: device))
+    batch = Check(replace(SMALL[4], dtype="float32"))
+    monkeypatch.setattr(checks, "dry_checks", lambda quick: [batch])
+    report: dict[str, Any] = {}
+    gpu_command._dry(Console(quiet=True), report, quick=True, jobs=1)
+    assert report["failed"] == []
+    assert "commit" in {each.variant.family for each in device.launches}

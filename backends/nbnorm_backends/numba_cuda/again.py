@@ -5,12 +5,14 @@ A call looks at addresses, takes the memory that it needs in one piece, fills ad
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import combinations
 
 from nbnorm.devices import Library
-from nbnorm_backends.numba_cuda.device import Device, Start
+from nbnorm.errors import BackendError
+from nbnorm_backends.numba_cuda.device import FORKED, Device, Start
 from nbnorm_backends.numba_cuda.launch import ITEM_SIZES, VECTOR_BYTES, real_kind
 from nbnorm_backends.numba_cuda.plans import Buffer, Plan
 
@@ -50,7 +52,11 @@ def repeated(
         buffers = {name: buffer for name, buffer in plan.buffers.items() if name not in sizes}
         return device.bind(plan.launches), _blocks(buffers, kind)
 
+    process = os.getpid()
+
     def again(*addresses: int | None, own: bool) -> bool:
+        if os.getpid() != process:  # a plan is not asked for what the backend rejects
+            raise BackendError(FORKED)
         at = {name: address for name, address in zip(names, addresses, strict=True) if address is not None}
         for a, size, b, other in pairs_of_inputs if own else pairs:
             begin, second = at[a], at[b]

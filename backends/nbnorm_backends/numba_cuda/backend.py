@@ -19,8 +19,8 @@ from nbnorm.devices import DeviceArray, contiguous, on_host
 from nbnorm.layout import Layout
 from nbnorm.statistics import Moments
 from nbnorm_backends.numba_cuda import again, device, plans
-from nbnorm_backends.numba_cuda.device import Device
-from nbnorm_backends.numba_cuda.launch import VECTOR_BYTES
+from nbnorm_backends.numba_cuda.device import Device, Start
+from nbnorm_backends.numba_cuda.launch import VECTOR_BYTES, real_kind
 from nbnorm_backends.numba_cuda.plans import Norm, Plan
 
 View = Any  # a NumPy array, or a DeviceArray
@@ -71,7 +71,7 @@ class CudaBackend(Backend):
         if request.device == "cuda" and request.op in HOST_ONLY:
             return f"computes {request.op} in part on the host: it takes host arrays alone"
         if self._process not in (0, os.getpid()):
-            return "CUDA does not survive a fork: start the process by spawn or forkserver"
+            return device.FORKED
         return self._problem()
 
     def fuses(self, request: Request) -> bool:
@@ -99,6 +99,14 @@ class CudaBackend(Backend):
     def fixed_stats(self, mean: View, var: View, eps: float, n: int) -> tuple[Any, Any]:
         """On a device the given arrays themselves."""
         return super().fixed_stats(mean, var, eps, n) if on_host(mean) else (mean, Variance(var, eps))
+
+    def ready(self, x: View, running_mean: View, running_var: View, momentum: float, *, masked: bool) -> Ready:
+        """The kernel bound, and the running statistics in the type that it takes."""
+        run, kind, (n, r, g, c, s) = self._run(x), x.dtype.name, x.shape
+        for name, array in zip(again.MOVED, (running_mean, running_var), strict=True):
+            run.put(name, array, real_kind(kind))
+        plan = commit_of(kind, n, g, r * c * s, momentum, masked=masked)
+        return Ready(run, plan, run.device.bind(plan.launches), (running_mean, running_var))
 
     def statistics(self, x: View, *, center: bool, mask: View | None = None, epilogue: Epilogue = PLAIN) -> Any:
         run = self._run(x)
@@ -252,6 +260,15 @@ class CudaBackend(Backend):
         return run.result(run.execute(gradient_of(norm))["dx"], dy.shape)
 
 
+class Ready(NamedTuple):
+    """A kernel that is to move running statistics, and these as they were given."""
+
+    run: Run
+    plan: Plan
+    start: Start
+    given: tuple[View, View]
+
+
 class Run:
     """One call on the device of x: its inputs there, by the names that plans have for them."""
 
@@ -354,9 +371,9 @@ class Run:
             self.put("mean_low", mean - high, norm.real)
         return variance
 
-    def execute(self, plan: Plan) -> Mapping[str, Any]:
-        """Start the kernels; all that they need is there before the first."""
-        start = self.device.bind(plan.launches)
+    def execute(self, plan: Plan, start: Start | None = None) -> Mapping[str, Any]:
+        """Start the kernels, unless they were bound before; all that they need is there before the first."""
+        start = start or self.device.bind(plan.launches)
         found: dict[str, DeviceArray | None] = dict(self._inputs)
         x = self._inputs.get("x")
         dtypes = {"element": None if x is None else x.dtype, "int32": np.int32, "int64": np.int64}
@@ -390,15 +407,15 @@ class Run:
         return self.result(found["dweight"], shape), self.result(found["dbias"], shape)
 
     def moments(self, norm: Norm, found: Mapping[str, Any]) -> Any:
-        kept = Found(self.device, self._memory, norm, found)
+        kept = Found(norm, found)
         return kept.host() if self._host else kept
 
 
 class Found(DeviceMoments):
     """Moments that a plan found, where it found them."""
 
-    def __init__(self, device: Device, memory: Any, norm: Norm, found: Mapping[str, Any]) -> None:
-        self._device, self._memory, self._norm = device, memory, norm
+    def __init__(self, norm: Norm, found: Mapping[str, Any]) -> None:
+        self._norm = norm
         self._shape = norm.layout.n, norm.layout.g
         self._m2, self._valid = found["m2"], found.get("valid") if norm.mask is not None else None
         self.mean = Pair(found["mean_high"], found["mean_low"])
@@ -412,14 +429,11 @@ class Found(DeviceMoments):
             mean = sum(part.host().astype(np.float64) for part in self.mean).reshape(self._shape)
         return Moments(self.count if self._valid is None else self.count.host(), mean, m2)
 
-    def commit(self, running_mean: DeviceArray, running_var: DeviceArray, momentum: float) -> None:
+    def commit(self) -> None:
         """By a kernel, which leaves out a batch with a statistic that is not finite."""
-        (n, g), norm = self._shape, self._norm
-        run = Run(self._device, self._memory, host=False)
+        run, plan, start, given = self.ready
         run.take(mean_high=self.mean.high, m2=self._m2, valid=self._valid)
-        run.put("running_mean", running_mean, norm.real)
-        run.put("running_var", running_var, norm.real)
-        found = run.execute(commit_of(norm.kind, n, g, norm.count, momentum, masked=norm.mask is not None))
-        for name, target in (("running_mean", running_mean), ("running_var", running_var)):
+        found = run.execute(plan, start)
+        for name, target in zip(again.MOVED, given, strict=True):
             if found[name] is not target:
                 target[...] = found[name].reshape(target.shape)

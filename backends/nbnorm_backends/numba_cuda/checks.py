@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import nbnorm
 from nbnorm import activations
 from nbnorm.backend import ACTIVATIONS, ORDERS, Backend
-from nbnorm.peers import EPS, TRACKED_NORMS, Case, call, dtype_of
+from nbnorm.peers import EPS, ROW_NORMS, TRACKED_NORMS, Case, call, dtype_of
 
 Array = NDArray[Any]
 KINDS = ("float32", "bfloat16", "float16", "float64")
@@ -80,12 +80,31 @@ class Check:
         parts += ["residual"] * self.residual + ([f"{self.mask} mask"] if self.mask else [])
         return ", ".join(parts)
 
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """(shape, dtype) of each input, by name."""
+        case, kind = self.case, dtype_of(self.case.dtype)
+        wide = np.dtype(np.float64 if kind == np.float64 else np.float32)
+        found = dict.fromkeys(("x", "dy", *(["residual"] if self.residual else [])), (case.shape, kind))
+        found |= dict.fromkeys(("weight", "bias", "running_mean", "running_var"), ((case.shape[case.channel],), wide))
+        if self.mask:
+            found["mask"] = self._mask_shape, np.dtype(bool)
+        return found
+
+    @property
+    def _length_axis(self) -> int:
+        case = self.case
+        return len(case.shape) - 1 - (case.channel == len(case.shape) - 1 and len(case.shape) > 2)
+
+    @property
+    def _mask_shape(self) -> tuple[int, ...]:
+        kept = range(len(self.case.shape)) if self.mask == "dense" else (0, self._length_axis)
+        return tuple(length if axis in kept else 1 for axis, length in enumerate(self.case.shape))
+
     def inputs(self) -> dict[str, Array]:
         """Of the public API, by name. What the mask hides is NaN."""
         case, rng = self.case, np.random.default_rng(zlib.crc32(self.name.encode()))
-        kind = dtype_of(case.dtype)
-        wide = np.float64 if kind == np.float64 else np.float32
-        channels = case.shape[case.channel]
+        (_, kind), ((channels,), wide) = self.arrays["x"], self.arrays["weight"]
         found: dict[str, Array] = {
             "x": (rng.normal(size=case.shape) * self.std + self.mean).astype(kind),
             "dy": rng.normal(size=case.shape).astype(kind),
@@ -99,12 +118,10 @@ class Check:
         if self.mask == "dense":
             found["mask"] = rng.random(case.shape) < 0.8
         if self.mask == "lengths":
-            axis = len(case.shape) - 1 - (case.channel == len(case.shape) - 1 and len(case.shape) > 2)
-            begins = rng.integers(1, case.shape[axis] + 1, size=case.shape[0])
+            length = case.shape[self._length_axis]
+            begins = rng.integers(1, length + 1, size=case.shape[0])
             begins[0] = 0
-            along = [1] * len(case.shape)
-            along[0], along[axis] = case.shape[0], case.shape[axis]
-            found["mask"] = (np.arange(case.shape[axis]) < begins[:, None]).reshape(along)
+            found["mask"] = (np.arange(length) < begins[:, None]).reshape(self._mask_shape)
         if self.mask:
             hidden = np.broadcast_to(~found["mask"], case.shape)
             for name in ("x", "dy", "residual"):
@@ -290,14 +307,12 @@ SMALL = (
     Case("instance_norm", (3, 4, 4, 6)),
     Case("instance_norm", (3, 5, 6, 4), channel_axis=-1),
 )
-# For a GPU: each size class of rows, rows of odd length and rows that no registers hold; images as in ResNet-50.
+# For a GPU: each size class of rows, of odd length too, and rows that no registers hold; images as in ResNet-50. A test
+# has all kernels that there are among those that these need.
 LARGE = (
-    Case("layer_norm", (4096, 64)),
-    Case("layer_norm", (512, 1024)),
-    Case("layer_norm", (128, 4096)),
-    Case("layer_norm", (32, 16384)),
-    Case("layer_norm", (16, 40000)),
-    Case("layer_norm", (515, 1031)),
+    *(Case("layer_norm", shape) for shape in ((4096, 64), (2048, 256), (512, 1024), (256, 2048), (128, 4096))),
+    *(Case("layer_norm", shape) for shape in ((64, 8192), (32, 16384), (16, 40000))),
+    *(Case("layer_norm", shape) for shape in ((2049, 37), (1025, 131), (513, 513), (515, 1031))),
     Case("rms_norm", (512, 1024)),
     Case("rms_norm", (128, 4096)),
     Case("rms_norm", (515, 1031)),
@@ -329,12 +344,18 @@ def far_checks(cases: tuple[Case, ...]) -> Iterator[Check]:
 
 
 def option_checks(cases: tuple[Case, ...]) -> Iterator[Check]:
-    """Every activation in both orders, spread over the norms, types, masks and residuals."""
+    """Every activation in both orders, spread over the norms, types, masks and residuals; rows of every type and given
+    statistics under masks."""
     for i, (activation, order) in enumerate(itertools.product((*ACTIVATIONS, None), ORDERS)):
         for j in range(2):
             case = replace(cases[(2 * i + 5 * j) % len(cases)], dtype=KINDS[(i + j) % 2], activation=activation)
             mask = (None, "dense", "lengths")[(i + 2 * j) % 3]
             yield Check(case, order=order, residual=(i + j) % 3 > 0, mask=mask)
+    rows = next(case for case in cases if case.op in ROW_NORMS)
+    for i, kind in enumerate(KINDS):
+        yield Check(replace(rows, dtype=kind), mask=("lengths", "dense")[i % 2])
+    for i, case in enumerate(case for case in cases if case.op in TRACKED_NORMS):
+        yield Check(replace(case, dtype=KINDS[i % 2], training=False), mask=("dense", "lengths")[i % 2])
 
 
 def dry_checks(quick: bool) -> list[Check]:

@@ -15,26 +15,28 @@ from nbnorm_backends.numba_cuda.functions import (
     ALONG,
     BIAS,
     CENTER,
-    FEW,
     FIXED,
+    FOLD,
     MASK,
     RESIDUAL,
     REVERSE,
     WARP,
     WEIGHT,
+    make_absorb,
     make_access,
     make_activations,
+    make_add,
     make_arrive,
     make_gradient,
     make_join,
     make_merge,
     make_settle,
     make_statistic,
-    make_two_sum,
     real_of,
 )
 
 BLOCK = 256  # threads of a block, at most
+SUMS_BLOCK = 128  # of those that sum; of half types they take 150 registers, and spilled with 128
 
 
 def _make_place(cuda, P):
@@ -59,15 +61,17 @@ def _make_place(cuda, P):
 def make_columns_statistics(cuda, P, vector):
     """Tiles of rows by Chan's merge in registers, then the block's rows, then its slabs: the last block of a tile
     merges them, or of a sample where groups have several columns."""
-    real, fdiv, two_sum = real_of(P), P.fdiv, make_two_sum(P)
+    real = real_of(P)
     access = make_access(P, vector)
     V, load = access.V, access.load
     unroll = 4
     size, cells = unroll * V, BLOCK * V
     activate, _ = make_activations(P)
+    absorb, _ = make_absorb(P, unroll)
+    _, absorb_kept = make_absorb(P, 1)
     merge, merge_block = make_merge(cuda, P)
     settle, arrive, place = make_settle(P), make_arrive(cuda, P), _make_place(cuda, P)
-    zero, share_of_one, whole = real(0), real(1 / unroll), real(unroll)
+    zero, one = real(0), real(1)
 
     def columns_statistics(
         x, mask, mean_high, mean_low, rstd, m2, valid, part_n, part_high, part_low, part_m2, counters,
@@ -79,10 +83,13 @@ def make_columns_statistics(cuda, P, vector):
         shared_m2 = cuda.shared.array(cells, real)
         flag = cuda.shared.array(1, np.int32)
         q = cuda.local.array(size, real)
+        p = cuda.local.array(unroll, real)
+        keep = cuda.local.array(1, real)
         n = cuda.local.array(V, np.int32)
         high = cuda.local.array(V, real)
         low = cuda.local.array(V, real)
         squares = cuda.local.array(V, real)
+        rest = cuda.local.array(V, real)
         thread = cuda.threadIdx.x
         sample, slab, tile, lane, line, lines = place(slabs, tiles, width, flags)
         columns = groups * channels
@@ -97,37 +104,21 @@ def make_columns_statistics(cuda, P, vector):
             high[e] = zero
             low[e] = zero
             squares[e] = zero
-        seen = zero  # without a mask all columns have the same count
+            rest[e] = zero
+        seen = 0  # without a mask all columns have the same count, and so one division does
         while not flags & MASK and row + (unroll - 1) * step < rows:
             for u in range(unroll):
                 load(x, (sample * rows + row + u * step) * vectors + k, q, u * V)
             if before != 0:
                 for e in range(size):
                     q[e] = activate(before, q[e])
-            share = fdiv(whole, seen + whole)
-            weight = seen * share
             for e in range(V):
-                if flags & CENTER:
-                    if seen == zero:
-                        high[e] = q[e]
-                    s = zero
-                    for u in range(unroll):
-                        s += q[u * V + e] - high[e]
-                    mean = s * share_of_one
-                    s = zero
-                    for u in range(unroll):
-                        d = (q[u * V + e] - high[e]) - mean
-                        s += d * d
-                    d = mean - low[e]
-                    low[e] += d * share
-                    squares[e] += s + d * d * weight
-                    if n[e] < FEW:
-                        high[e], low[e] = two_sum(high[e], low[e])
-                else:
-                    for u in range(unroll):
-                        squares[e] += q[u * V + e] * q[u * V + e]
-                n[e] += unroll
-            seen += whole
+                for u in range(unroll):
+                    p[u] = q[u * V + e]
+                n[e], high[e], low[e], squares[e], rest[e] = absorb(
+                    p, seen, high[e], low[e], squares[e], rest[e], flags
+                )
+            seen += unroll
             row += unroll * step
         while row < rows:
             load(x, (sample * rows + row) * vectors + k, q, 0)
@@ -135,23 +126,15 @@ def make_columns_statistics(cuda, P, vector):
                 for e in range(V):
                     q[e] = activate(before, q[e])
             for e in range(V):
-                keep = True
+                keep[0] = one
                 if flags & MASK:
                     column = k * V + e
                     i = sample * mask_n + row * mask_r + column // channels * mask_g + column % channels * mask_c
-                    keep = mask[i] != 0
-                if keep:
-                    n[e] += 1
-                    if flags & CENTER:
-                        if n[e] == 1:
-                            high[e] = q[e]
-                        d = (q[e] - high[e]) - low[e]
-                        low[e] += fdiv(d, real(n[e]))
-                        squares[e] += d * ((q[e] - high[e]) - low[e])
-                        if n[e] <= FEW:
-                            high[e], low[e] = two_sum(high[e], low[e])
-                    else:
-                        squares[e] += q[e] * q[e]
+                    keep[0] = real(mask[i])
+                p[0] = q[e]
+                n[e], high[e], low[e], squares[e], rest[e] = absorb_kept(
+                    p, keep, n[e], high[e], low[e], squares[e], rest[e], flags
+                )
             row += step
         for e in range(V):
             i = thread * V + e
@@ -163,9 +146,10 @@ def make_columns_statistics(cuda, P, vector):
         first = tile * width * V
         for i in range(thread, width * V, cuda.blockDim.x):
             c_n, c_high, c_low, c_m2 = shared_n[i], shared_high[i], shared_low[i], shared_m2[i]
+            c_rest = zero
             for j in range(i + width * V, cuda.blockDim.x * V, width * V):
-                c_n, c_high, c_low, c_m2 = merge(
-                    c_n, c_high, c_low, c_m2, shared_n[j], shared_high[j], shared_low[j], shared_m2[j]
+                c_n, c_high, c_low, c_m2, c_rest = merge(
+                    c_n, c_high, c_low, c_m2, c_rest, shared_n[j], shared_high[j], shared_low[j], shared_m2[j]
                 )
             column = first + i
             if column < columns:
@@ -190,10 +174,11 @@ def make_columns_statistics(cuda, P, vector):
                 c_high = zero
                 c_low = zero
                 c_m2 = zero
+                c_rest = zero
                 for j in range(thread % WARP, slabs * channels, WARP):
                     i = statistic * slabs * channels + j
-                    c_n, c_high, c_low, c_m2 = merge(
-                        c_n, c_high, c_low, c_m2, part_n[i], part_high[i], part_low[i], part_m2[i]
+                    c_n, c_high, c_low, c_m2, c_rest = merge(
+                        c_n, c_high, c_low, c_m2, c_rest, part_n[i], part_high[i], part_low[i], part_m2[i]
                     )
                 c_n, c_high, c_low, c_m2 = merge_block(c_n, c_high, c_low, c_m2, shared_n, shared_m2, 0, 1)
                 wanted = thread % WARP == 0
@@ -259,13 +244,18 @@ def make_columns_apply(cuda, P, vector):
 
 
 def make_columns_sums(cuda, P, vector):
-    """The sums of dz * xhat and dz for each sample, column and slab, dz being the gradient of the norm."""
+    """The sums of dz * xhat and dz for each sample, column and slab, dz being the gradient of the norm.
+
+    Those of `FOLD` rows are added in registers and then to what is in shared memory, with the rests: half types spilled
+    with rests in registers.
+    """
     real = real_of(P)
     access = make_access(P, vector)
     V, load, load_weights = access.V, access.load, access.load_weights
-    cells = BLOCK * V
+    cells = SUMS_BLOCK * V
     activate, _ = make_activations(P)
     gradient, statistic, place = make_gradient(P), make_statistic(P), _make_place(cuda, P)
+    add = make_add(P)
     zero, one = real(0), real(1)
 
     def columns_sums(
@@ -275,6 +265,8 @@ def make_columns_sums(cuda, P, vector):
     ):  # fmt: skip
         shared_weight = cuda.shared.array(cells, real)
         shared_bias = cuda.shared.array(cells, real)
+        rest_weight = cuda.shared.array(cells, real)
+        rest_bias = cuda.shared.array(cells, real)
         q = cuda.local.array(V, real)
         g = cuda.local.array(V, real)
         p = cuda.local.array(V, real)
@@ -293,59 +285,73 @@ def make_columns_sums(cuda, P, vector):
         if k >= vectors:
             row = rows
         for e in range(V):
-            s1[e] = zero
-            s2[e] = zero
-            w[e] = one
+            shared_weight[thread * V + e] = zero
+            shared_bias[thread * V + e] = zero
+            rest_weight[thread * V + e] = zero
+            rest_bias[thread * V + e] = zero
             if k < vectors and not flags & ALONG:
                 i = sample * stride_n + (k * V + e) // channels
                 high[e], low[e], scale[e] = statistic(i, mean_high, mean_low, rstd, eps, flags)
         while row < rows:
-            i = (sample * rows + row) * vectors + k
-            load(x, i, q, 0)
-            load(dy, i, g, 0)
             for e in range(V):
-                p[e] = zero
-            if after != 0:  # weights are loaded again: registers are few
-                if flags & RESIDUAL:
-                    load(residual, i, p, 0)
-                if flags & BIAS:
-                    load_weights(bias, bias_wide, flags, k, w, 0)
-                    for e in range(V):
-                        p[e] += w[e]
+                s1[e] = zero
+                s2[e] = zero
+            rounds = 0
+            while row < rows and rounds < FOLD:
+                i = (sample * rows + row) * vectors + k
+                load(x, i, q, 0)
+                load(dy, i, g, 0)
                 for e in range(V):
+                    p[e] = zero
                     w[e] = one
-                if flags & WEIGHT:
-                    load_weights(weight, weight_wide, flags, k, w, 0)
-            if flags & ALONG:
+                if after != 0:  # weights are loaded again: registers are few
+                    if flags & RESIDUAL:
+                        load(residual, i, p, 0)
+                    if flags & BIAS:
+                        load_weights(bias, bias_wide, flags, k, w, 0)
+                        for e in range(V):
+                            p[e] += w[e]
+                    for e in range(V):
+                        w[e] = one
+                    if flags & WEIGHT:
+                        load_weights(weight, weight_wide, flags, k, w, 0)
+                if flags & ALONG:
+                    for e in range(V):
+                        high[e], low[e], scale[e] = statistic(row, mean_high, mean_low, rstd, eps, flags)
+                if flags & MASK:
+                    for e in range(V):
+                        column = k * V + e
+                        m = sample * mask_n + row * mask_r + column // channels * mask_g + column % channels * mask_c
+                        if mask[m] == 0:  # what is not valid may be NaN
+                            g[e] = zero
+                            q[e] = high[e]
+                            p[e] = zero
                 for e in range(V):
-                    high[e], low[e], scale[e] = statistic(row, mean_high, mean_low, rstd, eps, flags)
-            if flags & MASK:
-                for e in range(V):
-                    column = k * V + e
-                    m = sample * mask_n + row * mask_r + column // channels * mask_g + column % channels * mask_c
-                    if mask[m] == 0:  # what is not valid may be NaN
-                        g[e] = zero
-                        q[e] = high[e]
-                        p[e] = zero
+                    u = q[e]
+                    if before != 0:
+                        u = activate(before, u)
+                    u = ((u - high[e]) - low[e]) * scale[e]
+                    dz = gradient(after, g[e], u, w[e], p[e])
+                    s1[e] += dz
+                    s2[e] += dz * u
+                row += slabs * lines
+                rounds += 1
             for e in range(V):
-                u = q[e]
-                if before != 0:
-                    u = activate(before, u)
-                u = ((u - high[e]) - low[e]) * scale[e]
-                dz = gradient(after, g[e], u, w[e], p[e])
-                s1[e] += dz
-                s2[e] += dz * u
-            row += slabs * lines
-        for e in range(V):
-            shared_bias[thread * V + e] = s1[e]
-            shared_weight[thread * V + e] = s2[e]
+                i = thread * V + e
+                shared_bias[i], rest_bias[i] = add(shared_bias[i], rest_bias[i], s1[e])
+            cuda.threadfence_block()  # or else all is loaded at once, and half types spill 28 bytes
+            for e in range(V):
+                i = thread * V + e
+                shared_weight[i], rest_weight[i] = add(shared_weight[i], rest_weight[i], s2[e])
         cuda.syncthreads()
         for i in range(thread, width * V, cuda.blockDim.x):
             t1 = zero
             t2 = zero
+            r1 = zero
+            r2 = zero
             for j in range(i, cuda.blockDim.x * V, width * V):
-                t1 += shared_bias[j]
-                t2 += shared_weight[j]
+                t1, r1 = add(t1, r1, shared_bias[j])
+                t2, r2 = add(t2, r2, shared_weight[j])
             column = tile * width * V + i
             if column < columns:
                 j = (sample * columns + column) * slabs + slab

@@ -105,7 +105,7 @@ def check(chosen: Iterable[Variant], capabilities: Sequence[tuple[int, int]], jo
     failures = 0
     for (variant, able), each in zip(tasks, _compiled(tasks, jobs), strict=True):
         for capability, facts in zip(able, each, strict=True):
-            errors = broken(facts, budget_of(variant))
+            errors = broken(facts, budget_of(variant, capability))
             failures += bool(errors)
             architecture = "sm_{}{}".format(*capability)
             sizes = facts.registers, facts.loads, facts.stores, facts.shuffles, facts.spills, facts.stack, facts.local
@@ -138,12 +138,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     chosen = parser.parse_args(arguments)
     try:
+        only = re.compile(chosen.only)
+    except re.error as error:
+        parser.error(f"--only: a regular expression expected, got {chosen.only!r}: {error}")
+    listed = [each for each in variants() if only.search(each.name)]
+    if not listed:
+        parser.error(f"--only: no variant has {chosen.only!r} in its name, such as {variants()[0].name}")
+    try:
         import_module(COMPILER)
     except ImportError as error:
         print(f"what compiles for GPUs is not installed ({error}); {NEEDED}", file=sys.stderr)
         return 2
     capabilities = [pair for pair in CAPABILITIES if not chosen.arch or f"{pair[0]}{pair[1]}" in chosen.arch]
-    failures = check([each for each in variants() if re.search(chosen.only, each.name)], capabilities, chosen.jobs)
+    failures = check(listed, capabilities, chosen.jobs)
     if failures:
         print(f"{failures} over budget", file=sys.stderr)
     return int(failures > 0)

@@ -116,15 +116,21 @@ def check(result: tuple[Any, ...], what: str) -> Any:
     """The value of a driver function's result; BackendError where it failed."""
     error, *values = result
     if error:
-        raise BackendError(f"{what}: {error.name}{ADVICE.get(error.name, '')}")
+        raise BackendError(f"{what}: {error.name}{advice(error.name)}")
     return values[0] if len(values) == 1 else values
 
 
+def advice(error: object, other: str = "") -> str:
+    """What is said behind an error, by the name of the driver's that it has in it; something else where it has none."""
+    return next((text for name, text in ADVICE.items() if name in str(error)), other)
+
+
+FORKED = "CUDA does not survive a fork: start the process by spawn or forkserver"
 ADVICE = {
     "CUDA_ERROR_NO_DEVICE": ": no GPU is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_INVALID_DEVICE": ": there is no such device; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_OUT_OF_MEMORY": ": free memory there, or pass fewer samples at a time",
-    "CUDA_ERROR_NOT_INITIALIZED": ": CUDA does not survive a fork: start the process by spawn or forkserver",
+    "CUDA_ERROR_NOT_INITIALIZED": f": {FORKED}",
 }
 
 
@@ -174,7 +180,10 @@ class CudaDevice:
             started = 0
             try:
                 on = self._stream(stream)
-                if int(get_current()[1]) != context:
+                error, current = get_current()
+                if error:
+                    check((error,), self.name)
+                if int(current) != context:
                     with self.current():
                         start(stream, at)
                     return
@@ -199,10 +208,9 @@ class CudaDevice:
                 with self.current():
                     kernel = self._core.ObjectCode.from_cubin(made.cubin, name=variant.name).get_kernel(made.entry)
             except Exception as error:
-                raise BackendError(
-                    f"{self.name}: the kernel {variant.name} could not be compiled or loaded: {error}. {INSTALL} "
-                    "brings what compiles and links"
-                ) from error
+                found_by = advice(error, f". {INSTALL} brings what compiles and links")
+                message = f"{self.name}: the kernel {variant.name} could not be compiled or loaded: {error}{found_by}"
+                raise BackendError(message) from error
             found = self._loaded[variant] = kernel, made.names
         return found
 
@@ -237,8 +245,8 @@ def _failed(device: str, launches: tuple[Launch, ...], started: int, error: Exce
     if started or failed.family == "commit":
         written = "The results, and `out`, are not to be used; running statistics are as they were"
     return (
-        f"{device}: the kernel {failed.name} could not be started: {error}. {written}. If an earlier kernel failed, "
-        "the process must be started again"
+        f"{device}: the kernel {failed.name} could not be started: {error}{advice(error)}. {written}. If an earlier "
+        "kernel failed, the process must be started again"
     )
 
 

@@ -26,8 +26,8 @@ MASK = 128
 ADDEND = 256  # added to dx
 FIXED = 512  # the statistics were given: no gradient flows through them
 VARIANCE = 1024  # `rstd` holds variances, to which eps is to be added
-REVERSE = 4096
 ALONG = 2048  # a statistic for each row and a weight for each column, as layer norm has them
+REVERSE = 4096
 BARE = 8192  # row kernels: nobody asks for the statistics
 
 CODES = {None: 0} | {name: code for code, name in enumerate(ACTIVATIONS, 1)}
@@ -74,6 +74,41 @@ def make_access(P, vector):
     return SimpleNamespace(V=V, load=load, store=store, load_weights=load_weights, weight=weight)
 
 
+FOLD = 32  # even: terms that a thread adds plainly, where registers hold no rests; off by 1e-6 of their sum at most
+
+
+def make_add(P):
+    """add(total, rest, term): total + term, and what rounding has put into it, to be taken off the next term (Kahan).
+
+    Thousands of equal terms would be rounded to one side, and were off by 1e-5 of their sum.
+    """
+    zero = real_of(P)(0)
+
+    @P.dev
+    def add(total, rest, term):
+        term -= rest
+        found = total + term
+        rest = (found - total) - term
+        if rest != rest:  # of an infinite total
+            rest = zero
+        return found, rest
+
+    return add
+
+
+def make_across(cuda, P, threads):
+    """across(value): the sum over `threads` lanes side by side, a power of two; every one of them gets it."""
+    steps = tuple(step for step in (16, 8, 4, 2, 1) if step < threads)
+
+    @P.dev
+    def across(value):
+        for step in steps:
+            value += cuda.shfl_xor_sync(ALL_LANES, value, step)
+        return value
+
+    return across
+
+
 def make_sums(cuda, P, threads):
     """Sums over `threads` consecutive threads, a power of two; every one of them gets the result.
 
@@ -81,21 +116,11 @@ def make_sums(cuda, P, threads):
     sum is enough. More than a warp must be the whole block.
     """
     warps = max(1, threads // WARP)
-    lanes = tuple(step for step in (16, 8, 4, 2, 1) if step < threads)
-    heads = tuple(step for step in (16, 8, 4, 2, 1) if step < warps)
-
-    @P.dev
-    def across(value):
-        for step in lanes:
-            value += cuda.shfl_xor_sync(ALL_LANES, value, step)
-        return value
+    across, across_heads = make_across(cuda, P, threads), make_across(cuda, P, warps)
 
     @P.dev
     def gather(slots, base, lane):
-        value = slots[base + (lane & (warps - 1))]
-        for step in heads:
-            value += cuda.shfl_xor_sync(ALL_LANES, value, step)
-        return value
+        return across_heads(slots[base + (lane & (warps - 1))])
 
     @P.dev
     def sum_one(value, slots, turn, lane):
@@ -126,7 +151,7 @@ def make_sums(cuda, P, threads):
 def make_activations(P):
     """(activate, slope): an activation by its code, and its derivative.
 
-    Four of them are (p * z + q) * sigmoid(t) + offset with t = z * (a + b * z * z), so that there are three branches.
+    Four of them are (p * z + q) * sigmoid(t) + offset, t being z, 2 z or a cubic of z: so there are three branches.
     """
     real = real_of(P)
     exp, erf, fdiv = P.exp, P.erf, P.fdiv
@@ -137,9 +162,14 @@ def make_activations(P):
 
     @P.dev
     def inner(code, z):
-        a = linear if code == GELU_TANH else two if code == TANH else one
-        b = cubic if code == GELU_TANH else zero
-        return a, b
+        """t, and its derivative."""
+        t, rate = z, one
+        if code == TANH:
+            t, rate = two * z, two
+        elif code == GELU_TANH:  # alone: beyond 2^64 the square of a float32 is infinite
+            bend = cubic * (z * z)
+            t, rate = z * (linear + bend), linear + three * bend
+        return t, rate
 
     @P.dev
     def factor(code, z):
@@ -162,8 +192,8 @@ def make_activations(P):
         elif code == GELU:
             result = half * z * (one + erf(z * root_half))
         elif code != 0:
-            a, b = inner(code, z)
-            result = factor(code, z) * sigmoid(z * (a + b * (z * z)))
+            t, _ = inner(code, z)
+            result = factor(code, z) * sigmoid(t)
             if code == TANH:
                 result -= one
         return result
@@ -177,12 +207,12 @@ def make_activations(P):
         elif code == GELU:
             result = half * (one + erf(z * root_half)) + z * density * exp(-half * z * z)
         elif code != 0:
-            a, b = inner(code, z)
-            s = sigmoid(z * (a + b * (z * z)))
+            t, rate = inner(code, z)
+            s = sigmoid(t)
             flat = s * (one - s)
             result = zero
             if flat != zero:  # far out the other factor may be infinite
-                result = factor(code, z) * flat * (a + three * b * (z * z))
+                result = factor(code, z) * flat * rate
             if code != SIGMOID and code != TANH:
                 result += s
         return result
@@ -193,12 +223,14 @@ def make_activations(P):
 def make_merge(cuda, P):
     """Chan's merge of (count, high, low, m2), the mean being high + low, and the same over a warp and a block.
 
-    high is an element of the set: equal values have low = 0 and m2 = 0, exactly, and an offset costs no digits.
+    high is an element of the set: equal values have low = 0 and m2 = 0, exactly; an offset costs no digits. `rest` is
+    m2's, where many are merged one after another.
     """
-    real, fdiv = real_of(P), P.fdiv
+    real, fdiv, add = real_of(P), P.fdiv, make_add(P)
+    zero = real(0)
 
     @P.dev
-    def merge(n, high, low, m2, other_n, other_high, other_low, other_m2):
+    def merge(n, high, low, m2, rest, other_n, other_high, other_low, other_m2):
         if other_n > 0:
             if n == 0:
                 n, high, low, m2 = other_n, other_high, other_low, other_m2
@@ -207,9 +239,9 @@ def make_merge(cuda, P):
                 distance = (other_high - high) + (other_low - low)
                 share = fdiv(real(other_n), real(total))
                 low += distance * share
-                m2 += other_m2 + distance * distance * (real(n) * share)
+                m2, rest = add(m2, rest, other_m2 + distance * distance * (real(n) * share))
                 n = total
-        return n, high, low, m2
+        return n, high, low, m2, rest
 
     @P.dev
     def merge_warp(n, high, low, m2):
@@ -219,7 +251,7 @@ def make_merge(cuda, P):
             other_high = cuda.shfl_down_sync(ALL_LANES, high, step)
             other_low = cuda.shfl_down_sync(ALL_LANES, low, step)
             other_m2 = cuda.shfl_down_sync(ALL_LANES, m2, step)
-            n, high, low, m2 = merge(n, high, low, m2, other_n, other_high, other_low, other_m2)
+            n, high, low, m2, _ = merge(n, high, low, m2, zero, other_n, other_high, other_low, other_m2)
         n = cuda.shfl_sync(ALL_LANES, n, 0)
         high = cuda.shfl_sync(ALL_LANES, high, 0)
         low = cuda.shfl_sync(ALL_LANES, low, 0)
@@ -266,16 +298,17 @@ FEW = 8  # values of a thread; until then `high` follows the mean, for the digit
 
 
 def make_absorb(P, size):
-    """Take `size` values into (count, high, low, m2): their own mean and sum of squares, then Chan's merge.
+    """Take `size` values into (count, high, low, m2, rest of m2): their own mean and sum of squares, then Chan's merge.
 
-    absorb(values, n, high, low, m2, flags) takes all of them, absorb_kept(values, keep, and so on) those where keep is
-    not 0.
+    absorb(values, n, high, low, m2, rest, flags) takes all of them, absorb_kept(values, keep, and so on) those where
+    keep is not 0.
     """
-    real, fdiv, two_sum = real_of(P), P.fdiv, make_two_sum(P)
+    real, fdiv, two_sum, add = real_of(P), P.fdiv, make_two_sum(P), make_add(P)
     zero, share_of_one, whole = real(0), real(1 / size), real(size)
 
     @P.dev
-    def absorb(values, n, high, low, m2, flags):
+    def absorb(values, n, high, low, m2, rest, flags):
+        squares = zero
         if flags & CENTER:
             if n == 0:
                 high = values[0]
@@ -283,7 +316,6 @@ def make_absorb(P, size):
             for e in range(size):
                 s += values[e] - high
             mean = s * share_of_one
-            squares = zero
             for e in range(size):
                 d = (values[e] - high) - mean
                 squares += d * d
@@ -291,16 +323,17 @@ def make_absorb(P, size):
             share = fdiv(whole, before + whole)
             distance = mean - low
             low += distance * share
-            m2 += squares + distance * distance * (before * share)
+            squares += distance * distance * (before * share)
             if n < FEW:
                 high, low = two_sum(high, low)
         else:
             for e in range(size):
-                m2 += values[e] * values[e]
-        return n + size, high, low, m2
+                squares += values[e] * values[e]
+        m2, rest = add(m2, rest, squares)
+        return n + size, high, low, m2, rest
 
     @P.dev
-    def absorb_kept(values, keep, n, high, low, m2, flags):
+    def absorb_kept(values, keep, n, high, low, m2, rest, flags):
         for e in range(size):
             if keep[e] != 0:
                 n += 1
@@ -309,12 +342,13 @@ def make_absorb(P, size):
                         high = values[e]
                     d = (values[e] - high) - low
                     low += fdiv(d, real(n))
-                    m2 += d * ((values[e] - high) - low)
+                    square = d * ((values[e] - high) - low)
                     if n <= FEW:
                         high, low = two_sum(high, low)
                 else:
-                    m2 += values[e] * values[e]
-        return n, high, low, m2
+                    square = values[e] * values[e]
+                m2, rest = add(m2, rest, square)
+        return n, high, low, m2, rest
 
     return absorb, absorb_kept
 

@@ -10,6 +10,18 @@ sanitizer, and 2 where there is nothing to check. A goal of speed that is missed
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+
+
+def install() -> str:
+    """What brings all that is needed here: a check on a GPU compiles, and needs torch's build for it."""
+    return f'pip install "nbnorm[{"cuda-check" if "--dry" in sys.argv else "cli,cuda,torch"}]"'
+
+
+def _of_the_device() -> list[str]:
+    """Why there can be no GPU, which no command line would mend."""
+    problem = import_module("nbnorm_backends.numba_cuda.device").problem()
+    return [] if problem is None else [problem]
 
 
 def main() -> None:
@@ -20,7 +32,8 @@ def main() -> None:
         package = (missing.name or "").partition(".")[0]
         if package not in ("typer", "rich", "ml_dtypes"):
             raise
-        print(f'gpu_check needs {package}: pip install "nbnorm[cuda-check]"', file=sys.stderr)
+        for line in (*([] if "--dry" in sys.argv else _of_the_device()), f"gpu_check needs {package}: {install()}"):
+            print(line, file=sys.stderr)
         sys.exit(2)
     app(prog_name="gpu_check")
 

@@ -14,9 +14,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -108,7 +107,16 @@ def _versions() -> dict[str, str]:
 
 def _save(report: Found, path: Path) -> None:
     with replacing(path) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+        file.write((json.dumps(_standard(report), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _standard(value: Any) -> Any:
+    """What JSON has words for: numbers that are not finite as strings, such as "nan"."""
+    if isinstance(value, dict):
+        return {name: _standard(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
@@ -125,14 +133,17 @@ def dry_problem() -> str | None:
 
 
 def _dry(console: Console, report: Found, quick: bool, jobs: int) -> None:
-    """Compile, then run norms of host arrays on a simulated device."""
+    """Compile, then run norms of arrays on a simulated device."""
     chosen, capabilities = (samples(), CAPABILITIES[-1:]) if quick else (variants(), CAPABILITIES)
     begin = time.monotonic()
     over = compile_check.check(chosen, capabilities, jobs)
     console.print(f"compiled in {time.monotonic() - begin:.0f} s by {jobs} processes", soft_wrap=True)
     begin = time.monotonic()
-    simulated = CudaBackend(import_module(SIMULATED_DEVICE).SimulatedDevice)
-    look = partial(gpu_measure.correctness, put=np.copy, get=np.asarray, single=checks.SIMULATED)
+    module = import_module(SIMULATED_DEVICE)
+    simulated = CudaBackend(module.SimulatedDevice)
+    memory: Any = simulated.device_of(0).memory
+    put, get = memory.tensor, module.Tensor.numpy
+    look = partial(gpu_measure.correctness, put=put, get=get, single=checks.SIMULATED)
     report["checks"] = Budget(math.inf).run(
         (check.name, partial(look, check, backend=simulated, runs=1)) for check in checks.dry_checks(quick)
     )

@@ -59,14 +59,16 @@ ROWS_OF_DOUBLES = {
 }
 # Gradients by scalar access: of 16 elements the loops were not unrolled, and arrays went to local memory.
 SCALAR_ROWS = ROWS_OF_DOUBLES["row_backward"]
+SCALAR_ROWS_OF_DOUBLES = tuple(each._replace(since=90) for each in SCALAR_ROWS)  # which spilled 180 bytes on sm_80
 # Rows of any length, which are read twice: the second time from the second-level cache, as long as all rows under way
 # fit it. With 68 to 78 registers a multiprocessor holds one block of 512 threads; on an H100, 132 rows of 32768 float32
 # are 17 of its 50 MB, and as much again of y. One load of 16 bytes in each of 512 threads may be too little to cover
 # the memory's latency. Two blocks would have twice as many, but sm_80 spills 8 to 48 bytes in 64 registers, sm_90 none,
 # and of 65536 float32 the rows under way would no longer fit. Which counts more is for a GPU to tell.
 LONG_ROWS = RowClass(32, 0, 128), RowClass(512, 0, 512)
+GRID = 2**31 - 1  # blocks, the most that CUDA starts
 BLOCK = 256  # threads of a block of all other kernels, at most; two of them on a multiprocessor
-COLUMN_SUMS = 128, 3  # of half types they take 150 registers, and spilled with 128
+COLUMN_SUMS = columns.SUMS_BLOCK, 3
 
 
 def real_kind(kind: str) -> str:
@@ -134,7 +136,7 @@ def row_classes(family: str, kind: str, vector: bool) -> tuple[RowClass | None, 
     if family == "long_row_forward":
         return LONG_ROWS
     if family == "row_backward" and not vector:
-        return SCALAR_ROWS
+        return SCALAR_ROWS_OF_DOUBLES if kind == "float64" else SCALAR_ROWS
     return (ROWS_OF_DOUBLES if kind == "float64" else ROWS).get(family, NO_CLASSES)
 
 
@@ -180,7 +182,7 @@ class Budget(NamedTuple):
     least. Rows in registers have the loads and stores for each vector of a thread. Spills, stack and local memory are
     never allowed, float64 instructions only where elements are float64."""
 
-    registers: int
+    registers: int = 255
     loads: int = 0
     stores: int = 0
     shuffles: int = 0
@@ -188,34 +190,58 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "row_forward": Budget(168, 3, 1, 9),
-    "long_row_forward": Budget(96, 4, 2, 30),
-    "row_backward": Budget(255, 3, 1, 6),
-    "planes_statistics": Budget(128, 5, 0, 30),
-    "planes_apply": Budget(64, 2, 1),
-    "planes_sums": Budget(128, 3, 0, 10),
-    "planes_backward": Budget(96, 4, 2),
-    "columns_statistics": Budget(128, 5, 0, 30),
-    "columns_apply": Budget(128, 2, 1),
-    "columns_sums": Budget(168, 3, 0),
-    "columns_backward": Budget(128, 4, 2),
-    "finish_gradient": Budget(64, 0, 0, 10),
-    "sum_columns": Budget(64),
-    "commit": Budget(80),
+    "row_forward": Budget(loads=3, stores=1, shuffles=9),
+    "long_row_forward": Budget(loads=4, stores=2, shuffles=30),
+    "row_backward": Budget(loads=3, stores=1, shuffles=6),
+    "planes_statistics": Budget(loads=5, shuffles=30),
+    "planes_apply": Budget(loads=2, stores=1),
+    "planes_sums": Budget(loads=3, shuffles=10),
+    "planes_backward": Budget(loads=4, stores=2),
+    "columns_statistics": Budget(loads=5, shuffles=30),
+    "columns_apply": Budget(loads=2, stores=1),
+    "columns_sums": Budget(loads=3),
+    "columns_backward": Budget(loads=4, stores=2),
+    "finish_gradient": Budget(shuffles=10),
+    "sum_columns": Budget(),
+    "commit": Budget(),
+}
+# Of float32, half types and float64 with 16-byte access, and of the same with scalar access: what the worst of them
+# takes and a tenth, in steps of 8, as registers are given out; no more than the bounds of a launch leave, beyond which
+# kernels spill. The bounds alone are no budget: most kernels could double below them.
+REGISTERS = {
+    "row_forward": (120, 128, 128, 0, 0, 0),
+    "long_row_forward": (80, 88, 120, 80, 80, 104),
+    "row_backward": (176, 176, 168, 144, 144, 192),
+    "planes_statistics": (112, 128, 104, 80, 80, 96),
+    "planes_apply": (64, 72, 64, 48, 56, 56),
+    "planes_sums": (88, 120, 104, 72, 80, 96),
+    "planes_backward": (64, 72, 80, 56, 56, 72),
+    "columns_statistics": (120, 128, 128, 104, 104, 128),
+    "columns_apply": (88, 120, 88, 72, 64, 72),
+    "columns_sums": (128, 160, 128, 96, 104, 96),
+    "columns_backward": (120, 128, 104, 80, 80, 80),
+    "finish_gradient": (0, 0, 0, 64, 64, 64),
+    "sum_columns": (0, 0, 0, 32, 32, 48),
+    "commit": (0, 0, 0, 56, 56, 72),
+}
+REGISTERS_OF_80 = {  # where the assembler for sm_80 takes more
+    "row_forward": (176, 184, 200, 0, 0, 0),
+    "row_backward": (255, 255, 255, 248, 248, 0),
 }
 VECTOR_BYTES = 16
 ITEM_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
-def budget_of(variant: Variant) -> Budget:
-    budget = BUDGETS[variant.family]
+def budget_of(variant: Variant, capability: tuple[int, int]) -> Budget:
+    budget, family = BUDGETS[variant.family], variant.family
+    registers = REGISTERS_OF_80.get(family, REGISTERS[family]) if capability < (9, 0) else REGISTERS[family]
+    kind = {"float32": 0, "float64": 2}.get(variant.kind, 1)
+    budget = budget._replace(registers=registers[kind + 3 * (not variant.vector)], float64=variant.kind == "float64")
     if not variant.vector:
-        budget = budget._replace(loads=0, stores=0)
-    elif variant.rows is not None and variant.rows.elements:
+        return budget._replace(loads=0, stores=0)
+    if variant.rows is not None and variant.rows.elements:
         vectors = variant.rows.elements * ITEM_SIZES[variant.kind] // VECTOR_BYTES
-        budget = budget._replace(loads=budget.loads * vectors, stores=budget.stores * vectors)
-    if variant.kind == "float64":
-        budget = budget._replace(float64=True, registers=255 if variant.rows is not None else budget.registers)
+        return budget._replace(loads=budget.loads * vectors, stores=budget.stores * vectors)
     return budget
 
 

@@ -24,6 +24,7 @@ from nbnorm_backends.numba_cuda.functions import (
     make_absorb,
     make_access,
     make_activations,
+    make_add,
     make_arrive,
     make_gradient,
     make_join,
@@ -80,6 +81,7 @@ def make_planes_statistics(cuda, P, vector):
         high = zero
         low = zero
         squares = zero
+        rest = zero
         while not flags & MASK and i + (UNROLL - 1) * step < total:
             for u in range(UNROLL):
                 load(x, ((sample * runs + run) * groups + group) * vectors + j, q, u * V)
@@ -91,7 +93,7 @@ def make_planes_statistics(cuda, P, vector):
             if before != 0:
                 for e in range(tile):
                     q[e] = activate(before, q[e])
-            n, high, low, squares = absorb_tile(q, n, high, low, squares, flags)
+            n, high, low, squares, rest = absorb_tile(q, n, high, low, squares, rest, flags)
             i += UNROLL * step
         while i < total:
             load(x, ((sample * runs + run) * groups + group) * vectors + j, q, 0)
@@ -103,9 +105,9 @@ def make_planes_statistics(cuda, P, vector):
                 for e in range(V):
                     k = j * V + e
                     keep[e] = real(mask[start + k // inner * mask_c + k % inner * mask_s])
-                n, high, low, squares = absorb_kept(q, keep, n, high, low, squares, flags)
+                n, high, low, squares, rest = absorb_kept(q, keep, n, high, low, squares, rest, flags)
             else:
-                n, high, low, squares = absorb(q, n, high, low, squares, flags)
+                n, high, low, squares, rest = absorb(q, n, high, low, squares, rest, flags)
             run += step_run
             j += step_vector
             if j >= vectors:
@@ -127,10 +129,11 @@ def make_planes_statistics(cuda, P, vector):
                 high = zero
                 low = zero
                 squares = zero
+                rest = zero
                 for k in range(thread, splits, cuda.blockDim.x):
                     i = statistic * splits + k
-                    n, high, low, squares = merge(
-                        n, high, low, squares, part_n[i], part_high[i], part_low[i], part_m2[i]
+                    n, high, low, squares, rest = merge(
+                        n, high, low, squares, rest, part_n[i], part_high[i], part_low[i], part_m2[i]
                     )
                 n, high, low, squares = merge_block(n, high, low, squares, counts, slots, 1, warps)
                 settle(statistic, n, high, low, squares, mean_high, mean_low, rstd, m2, valid, eps, thread == 0)
@@ -214,7 +217,7 @@ def make_planes_sums(cuda, P, vector):
     access = make_access(P, vector)
     V, load, load_weights, weight_at = access.V, access.load, access.load_weights, access.weight
     activate, _ = make_activations(P)
-    gradient, statistic_of = make_gradient(P), make_statistic(P)
+    gradient, statistic_of, add = make_gradient(P), make_statistic(P), make_add(P)
     _, sum_two = make_sums(cuda, P, BLOCK)
     zero, one = real(0), real(1)
 
@@ -255,6 +258,8 @@ def make_planes_sums(cuda, P, vector):
         j = i % vectors
         s1 = zero
         s2 = zero
+        rest1 = zero
+        rest2 = zero
         while i < total:
             k = (((sample * runs + run) * groups + group) * channels + channel) * vectors + j
             load(x, k, q, 0)
@@ -290,8 +295,8 @@ def make_planes_sums(cuda, P, vector):
                     dz *= w[e]
                 t1 += dz
                 t2 += dz * u
-            s1 += t1
-            s2 += t2
+            s1, rest1 = add(s1, rest1, t1)
+            s2, rest2 = add(s2, rest2, t2)
             run += step_run
             j += step_vector
             if j >= vectors:

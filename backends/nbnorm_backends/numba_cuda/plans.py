@@ -10,11 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nbnorm.backend import Epilogue
+from nbnorm.errors import BackendError
 from nbnorm.layout import Layout
 from nbnorm_backends.numba_cuda import functions, planes, totals
 from nbnorm_backends.numba_cuda.launch import (
     BLOCK,
+    GRID,
     ITEM_SIZES,
     LONG_ROWS,
     VECTOR_BYTES,
@@ -28,7 +32,10 @@ WARP = functions.WARP
 BLOCKS_PER_MULTIPROCESSOR = 4  # of 256 threads: two to four run at the same time, by their registers
 ROWS_PER_MULTIPROCESSOR = {"row_forward": 8, "long_row_forward": 8, "row_backward": 2}  # blocks that go from row to row
 SHORT_ROWS = 1024  # a warp has longer ones in 8 rounds or more, and a block in fewer
-FEW_ROWS = 64  # of fewer and longer ones than 2^16 elements each is split between blocks
+# Fewer rows, of more elements, are split between blocks, in two launches and 3T in place of one and 2T: with a block
+# each they would leave half of an H100's 132 multiprocessors idle. One of these, at its share of 25 GB/s, reads 2^16
+# float32 in 10 us; for less a second launch does not pay.
+FEW_ROWS, SPLIT_LENGTH = 64, 2**16
 
 
 class Buffer(NamedTuple):
@@ -64,7 +71,7 @@ class Norm:
 
     Attributes
     ----------
-    wide : weight and bias are of the type that is computed in, not of x's.
+    wide : weight and bias are float32, beside x of a half type.
     total : x + residual is normalized and stored, in place of the epilogue's residual; needs r = 1.
     mask : shape of the mask, each axis 1 or full.
     fixed : the statistics are given, with `shared` one for each group in place of each sample and group, and with
@@ -108,12 +115,18 @@ class Norm:
         return r * c * s
 
     @property
+    def added(self) -> float:
+        """eps as kernels add it. Below the smallest normal number a float32 may be 0, and equal values had a reciprocal
+        standard deviation that is infinite, and a result that is NaN."""
+        return max(self.eps, float(np.finfo(self.real).tiny)) if self.eps > 0 else self.eps
+
+    @property
     def flags(self) -> int:
         chosen = {
             functions.CENTER: self.center,
             functions.WEIGHT: self.weight,
             functions.BIAS: self.bias,
-            functions.WIDE: self.wide and ITEM_SIZES[self.kind] == 2,
+            functions.WIDE: self.wide,
             functions.RESIDUAL: self.residual and not self.total,
             functions.TOTAL: self.total,
             functions.MASK: self.mask is not None,
@@ -152,12 +165,11 @@ class Norm:
 
     def inputs(self, *names: str) -> dict[str, Any]:
         """The pointers of these names, None where the norm has no such array."""
-        wide = self.wide and ITEM_SIZES[self.kind] == 2
         absent = {
-            "weight": not self.weight or wide,
-            "bias": not self.bias or wide,
-            "weight_wide": not (self.weight and wide),
-            "bias_wide": not (self.bias and wide),
+            "weight": not self.weight or self.wide,
+            "bias": not self.bias or self.wide,
+            "weight_wide": not (self.weight and self.wide),
+            "bias_wide": not (self.bias and self.wide),
             "residual": not (self.residual or self.total),
             "total": not self.total,
             "addend": not self.addend,
@@ -246,7 +258,7 @@ def _rows_forward(norm: Norm) -> Launch | None:
     """One launch, where rows are contiguous and many."""
     n, r, g, c, s = norm.layout
     rows, length = n * g, c * s
-    if r > 1 or (rows < FEW_ROWS and length > 2**16 and not norm.total):
+    if r > 1 or (rows < FEW_ROWS and length > SPLIT_LENGTH and not norm.total):
         assert not norm.total, "x + residual is normalized in rows alone"
         return None
     per_plane = norm.weighted and (g > 1 or s > 1)
@@ -257,7 +269,7 @@ def _rows_forward(norm: Norm) -> Launch | None:
     variant = Variant(family, norm.kind, vector, chosen)
     args = norm.inputs("x", "residual", *WEIGHTS, "total", "y")
     args |= dict.fromkeys(FOUND) if norm.bare else {name: name for name in FOUND}
-    args |= {"rows": rows, "length": length, "groups": g, "channels": c, "inner": s, "eps": norm.eps}
+    args |= {"rows": rows, "length": length, "groups": g, "channels": c, "inner": s, "eps": norm.added}
     flags = (functions.PLANES if per_plane else 0) | (functions.BARE if norm.bare else 0)
     args |= {"flags": norm.flags | flags, "after": norm.activations["after"]}
     if family == "long_row_forward":
@@ -313,7 +325,7 @@ def _in_columns(norm: Norm) -> bool:
 def _statistics(norm: Norm) -> Launch:
     n, r, g, c, s = norm.layout
     args = norm.inputs("x", "mask", *FOUND, "valid", *PARTS, "counters")
-    args |= {"groups": g, "eps": norm.eps, "flags": norm.flags, "before": norm.activations["before"]}
+    args |= {"groups": g, "eps": norm.added, "flags": norm.flags, "before": norm.activations["before"]}
     if s == 1 and r > 1:
         variant = Variant("columns_statistics", norm.kind, norm.vector(g * c))
         tiling = _tiling(norm, variant)
@@ -383,7 +395,7 @@ def _columns(norm: Norm, name: str, args: dict[str, Any], flags: int) -> Launch:
 
 def _common(norm: Norm, flags: int) -> dict[str, Any]:
     g, c = norm.layout.g, norm.layout.c
-    found = {"groups": g, "channels": c, "stride_n": 0 if norm.shared else g, "eps": norm.eps}
+    found = {"groups": g, "channels": c, "stride_n": 0 if norm.shared else g, "eps": norm.added}
     return {**found, "flags": norm.flags | flags, **norm.activations}
 
 
@@ -459,7 +471,7 @@ def _finish(
     first = 0 if statistics else samples * groups
     last = samples * groups + (groups * columns if weights else 0)
     args: dict[str, Any] = norm.inputs("part_weight", "part_bias", "weight", "weight_wide")
-    args["valid"] = "valid" if norm.mask is not None else None
+    args["valid"] = "valid" if statistics and norm.mask is not None else None  # given statistics have counted nothing
     args |= {name: name if statistics else None for name in ("k1", "k2")}
     args |= {name: name if weights else None for name in ("dweight", "dbias")}
     args |= {"samples": samples, "groups": groups, "channels": columns, "splits": splits, "count": norm.count}
@@ -484,6 +496,12 @@ def _plan(norm: Norm, launches: Iterable[Launch]) -> Plan:
         sizes |= {name: Buffer("real", n * g) for name in FOUND} | {"valid": Buffer("int64", n * g)}
     found: dict[str, Buffer] = {}
     for launch in launches:
+        if launch.grid > GRID:
+            shape = " x ".join(map(str, norm.layout))
+            raise BackendError(
+                f"x, seen as {shape}, takes {launch.grid} blocks of the kernel {launch.variant.name}, and CUDA starts "
+                f"{GRID} at most: pass fewer samples at a time"
+            )
         part = _part_size(launch)
         sizes |= {name: Buffer("real", part) for name in (*PARTS[1:], "part_weight", "part_bias")}
         sizes |= {"part_n": Buffer("int32", part), "counters": Buffer("int32", launch.grid, zero=True)}
@@ -498,7 +516,7 @@ def _part_size(launch: Launch) -> int:
     """Partial results that a launch writes."""
     args, family = launch.args, launch.variant.family
     if family == "row_backward":
-        return int(launch.grid * args["length"])
+        return int(2 * launch.grid * args["length"])
     if family in ("columns_statistics", "columns_sums"):
         return int(launch.grid // args["tiles"] * args["groups"] * args["channels"])
     return launch.grid if family in ("planes_statistics", "planes_sums") else 0

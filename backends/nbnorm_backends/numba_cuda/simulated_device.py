@@ -6,6 +6,7 @@ import ctypes
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -13,16 +14,16 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nbnorm.arrays import bfloat16
+from nbnorm import arrays
 from nbnorm.devices import DeviceArray, Library, allocates
 from nbnorm_backends.numba_cuda import simulator
 from nbnorm_backends.numba_cuda.device import HostMemory, Start
-from nbnorm_backends.numba_cuda.launch import POINTERS, REALS, VECTOR_BYTES, Variant
+from nbnorm_backends.numba_cuda.launch import GRID, POINTERS, REALS, VECTOR_BYTES, Variant
 from nbnorm_backends.numba_cuda.plans import Launch
 
 NOWHERE = 2**60  # no processor has such addresses: whoever reads one on the host is found at once
 LENT: dict[int, int] = {}  # host memory that stands for a device's: addresses and bytes, the newest last
-GRID, THREADS = 2**31 - 1, 1024  # the most that CUDA starts
+THREADS = 1024  # of a block, the most that CUDA starts
 
 
 class Block:
@@ -51,8 +52,40 @@ class Block:
         return found
 
 
+class Tensor:
+    """An array of a library that has its memory on a simulated device: nothing but its adapter reads it."""
+
+    def __init__(self, at: DeviceArray) -> None:
+        self.at = at
+
+    def numpy(self) -> NDArray[Any]:
+        return self.at.host()
+
+
+class Tensors(arrays.NumpyArrays):
+    """The adapter of `Tensor`."""
+
+    kind = "simulated"
+
+    def accepts(self, cls: type) -> bool:
+        return cls is Tensor
+
+    def view(self, array: Any, name: str) -> Any:
+        return array.at
+
+    def wrap(self, result: Any, like: Any) -> Any:
+        assert isinstance(result, DeviceArray), "a result that does not lie on the device"
+        return Tensor(result)
+
+    def key(self, array: Any) -> Any:
+        return array.at.shape, array.at.strides, array.at.dtype, array.at.device
+
+
+arrays.KINDS.append(Tensors())
+
+
 class SimulatedMemory(HostMemory, Library):
-    """Of a simulated device; as an array library, whose arrays are `DeviceArray`, it computes with NumPy. New arrays
+    """Of a simulated device; as an array library, whose arrays are `Tensor`, it computes with NumPy. New arrays
     begin `shift` bytes, or as many whole elements, behind a multiple of 256."""
 
     current = 7  # the stream
@@ -61,22 +94,32 @@ class SimulatedMemory(HostMemory, Library):
         self.device, self.shift = f"cuda:{ordinal}", 0
         self._next = NOWHERE * (ordinal + 1)
         self._blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
+        self._lock = threading.Lock()
 
     def stream(self) -> int:
         return self.current
 
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """A copy, with the strides of the array."""
+        order = np.argsort([-abs(step) for step in array.strides], kind="stable")
+        lies = self.upload(np.ascontiguousarray(array.transpose(order)))
+        return Tensor(lies.transpose(np.argsort(order)))
+
     def address(self, array: Any) -> int:
-        return array.pointer  # type: ignore[no-any-return]
+        """Of what a plan has copied only the block is kept."""
+        return array.at.pointer if isinstance(array, Tensor) else array.pointer + self.shift
 
     def like(self, array: Any) -> Any:
+        array = array.at
         order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
         made = self.empty(array.transpose(order).shape, array.dtype)
-        return made.transpose(np.argsort(order))
+        return Tensor(made.transpose(np.argsort(order)))
 
     @allocates
     def block(self, size: int, *, zero: bool = False) -> tuple[Block, int]:
-        block = self._blocks[self._next] = Block(self._next, size, zero=zero)
-        self._next += -(-(size + 1) // 256) * 256
+        with self._lock:
+            block = self._blocks[self._next] = Block(self._next, size, zero=zero)
+            self._next += -(-(size + 1) // 256) * 256
         return block, block.pointer
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike, *, zero: bool = False) -> DeviceArray:
@@ -87,9 +130,9 @@ class SimulatedMemory(HostMemory, Library):
 
     def at(self, pointer: int, dtype: np.dtype[Any], others: Iterable[int]) -> DeviceArray:
         """The array at an address, which goes on until the next of the others, or until the end of its block."""
-        block = next(
-            (each for each in self._blocks.values() if each.pointer <= pointer < each.pointer + each.size), None
-        )
+        with self._lock:
+            blocks = list(self._blocks.values())
+        block = next((each for each in blocks if each.pointer <= pointer < each.pointer + each.size), None)
         if block is None:
             begin, size = next(item for item in reversed(LENT.items()) if 0 <= pointer - item[0] < max(item[1], 1))
             past = begin % VECTOR_BYTES  # the simulator counts from where an array begins
@@ -147,13 +190,15 @@ class SimulatedDevice:
         self.memory = SimulatedMemory(ordinal)
         self.launches: list[Record] = []
         self._run, self._seed = run, seed
+        self._lock = threading.RLock()
 
     def bind(self, launches: tuple[Launch, ...]) -> Start:
         made = [(launch, *_factory(launch.variant)) for launch in launches]
 
         def start(stream: int, at: Mapping[str, int]) -> None:
-            for launch, factory, names in made:
-                self._start(launch, factory, names, stream, at)
+            with self._lock:  # kernels of one stream run one after another
+                for launch, factory, names in made:
+                    self._start(launch, factory, names, stream, at)
 
         return start
 
@@ -185,7 +230,7 @@ class SimulatedDevice:
 def _dtype(variant: Variant, name: str) -> np.dtype[Any]:
     """Of what an argument points to."""
     kind = {"element": variant.kind, "real": variant.real}.get(POINTERS[name], POINTERS[name])
-    return bfloat16() if kind == "bfloat16" else np.dtype(kind)
+    return arrays.bfloat16() if kind == "bfloat16" else np.dtype(kind)
 
 
 @functools.lru_cache

@@ -23,8 +23,8 @@ needs to go wrong for that, so one seed finds nearly all.
 **Found**, with kernel, block, thread, line, and address or barrier: races in shared and global memory; reads of what
 was never written, in shared and local memory and in arrays made by `empty`; access out of bounds; vectors that do not
 lie on 16 bytes; barriers and shuffles that a thread or lane misses, or meets elsewhere or with another argument;
-deadlock, as a thread that reads the same elements for ever; real numbers that a store would round, and float64
-constants.
+deadlock, as a thread that reads the same elements for ever; floating-point atomics; real numbers that a store would
+round, and float64 constants.
 
 **Not found**: endless loops that read no memory; an integer that meets a float32, which makes float64 in Numba (the
 compile check counts such instructions); one region of an array overrunning into the next; the errors of a device's
@@ -209,7 +209,7 @@ class History:
     Elements of the same past share one. It remembers what it becomes by a read, so a check is made once for them all.
     """
 
-    __slots__ = ("atomics", "becomes", "before", "fresh", "reader", "write")
+    __slots__ = ("atomics", "becomes", "before", "earlier", "fresh", "reader", "write")
 
     def __init__(self, write: Stamp | None = None, *, fresh: bool = False) -> None:
         self.write, self.fresh = write, fresh
@@ -217,6 +217,7 @@ class History:
         self.before: History | None = None
         self.becomes: dict[Stamp, History] = {}
         self.atomics = NOTHING  # what they released, if the last access was one
+        self.earlier: History | None = None  # the atomic before that which is `write`
 
     def read(self, now: Stamp) -> History:
         """What this becomes by a read."""
@@ -229,8 +230,9 @@ class History:
                 raise Problem("uninitialised read of")
             if self.write is not None and not now.follows(self.write):
                 raise Problem(f"race: unordered after a write by {self.write.thread}, a read of")
+            self.after_atomics(now, "a read of")
             after = self.becomes[now] = History(self.write)
-            after.reader, after.before = now, self
+            after.reader, after.before, after.earlier = now, self, self.earlier
         return after
 
     def overwrite(self, now: Stamp) -> History:
@@ -242,7 +244,21 @@ class History:
             if not now.follows(past.reader):
                 raise Problem(f"race: unordered after a read by {past.reader.thread}, a write of")
             past = past.before
+        self.after_atomics(now, "a write of")
         return now.written
+
+    def after_atomics(self, now: Stamp, what: str) -> None:
+        """Refuse a plain access that does not come after all atomics, also where the last one is the thread's own. One
+        behind a fence of its thread releases itself too."""
+        past = self.earlier
+        while past is not None and past.write is not None:
+            block, known = past.write.block, now.seen.get(past.write.block)
+            released = past.atomics[block]
+            fenced = released.epoch >= 0 or released.fences[past.write.thread.number] > 0
+            acquired = fenced and known is not None and known.serial >= released.serial
+            if not (acquired or now.follows(past.write)):
+                raise Problem(f"race: unordered after a write by {past.write.thread}, {what}")
+            past = past.earlier
 
     def add(self, now: Stamp) -> History:
         """What this becomes by an atomic, which releases what its thread has fenced and acquires what others have."""
@@ -256,6 +272,7 @@ class History:
         fences = (*block.fences[: thread.number], thread.fences, *block.fences[thread.number + 1 :])
         released = Released(next(block.grid.serials), max(thread.fenced, block.fenced), fences)
         after.atomics = joined(self.atomics, thread.seen, {block: released})
+        after.earlier = self if self.atomics and self.write is not now else self.earlier
         thread.pending = joined(thread.pending, self.atomics)
         return after
 
@@ -401,8 +418,13 @@ class Cuda:
         thread.seen = thread.pending
         thread.stamp = Stamp(thread)
 
+    def threadfence_block(self) -> None:
+        """Orders nothing that barriers do not order."""
+
     def _atomic_add(self, pointer: DevicePointer, i: int, value: int) -> Any:
-        """Add to an element, and give what it was. Others may come first."""
+        """Add to an element, and give what it was. Others may come first, on whom sums of floats would depend."""
+        if pointer.dtype.kind == "f":
+            raise error(f"floating-point atomic: {pointer.name}[{i}] of {pointer.dtype}")
         thread = getcurrent()
         thread.pause()
         where = pointer.touch(i, 1, pointer.type, History.add)
@@ -411,7 +433,7 @@ class Cuda:
         return old
 
     def _shared_array(self, size: int, dtype: Any) -> DevicePointer:
-        """The array of this line, one for all threads of the block."""
+        """The array of this call, one for all threads of the block."""
         shared: dict[Any, DevicePointer] = getcurrent().block.shared
         key = site()
         if key not in shared:  # named as by the line, such as "rows.py:31: slots = cuda.shared.array(...)"
@@ -422,10 +444,15 @@ class Cuda:
         return shared[key]
 
 
-def site() -> Any:
-    """Which call of the kernel it is that called the caller."""
-    frame = sys._getframe(2)
-    return frame.f_code, frame.f_lasti
+def site() -> tuple[Any, ...]:
+    """Which call of the kernel it is that called the caller, with all calls of helpers on the way: Numba inlines these,
+    and each call has barriers and shared arrays of its own."""
+    frame: FrameType | None = sys._getframe(2)
+    found: list[Any] = []
+    while frame is not None:
+        found += frame.f_code, frame.f_lasti
+        frame = frame.f_back
+    return tuple(found)
 
 
 class Grid:
@@ -611,9 +638,13 @@ def check_constants(function: Any) -> None:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     known = {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
     instructions = list(dis.get_instructions(function))
+    owner: Any = None  # of an attribute, such as `math`
     for this, following in zip(instructions, [*instructions[1:], instructions[-1]], strict=True):
         named = this.opname in ("LOAD_DEREF", "LOAD_GLOBAL")
         value = known.get(this.argval) if named else this.argval if this.opcode in dis.hasconst else None
+        if this.opname == "LOAD_ATTR" and inspect.ismodule(owner):
+            value = getattr(owner, this.argval, None)
+        owner = value
         converted = following.opname in ("PRECALL", "CALL") and following.arg == 1
         if any(type(each) is float for each in (value if type(value) is tuple else [value])) and not converted:
             place = f"{os.path.basename(function.__code__.co_filename)}:{this.positions and this.positions.lineno}"

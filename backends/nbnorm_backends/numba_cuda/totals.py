@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm_backends.numba_cuda.functions import (
-    ALL_LANES,
     MASK,
     WARP,
     WEIGHT,
     make_access,
+    make_across,
+    make_add,
     real_of,
 )
 
@@ -20,15 +21,9 @@ LINES = 8  # rows of a block of sum_columns
 def make_finish_gradient(cuda, P, vector):
     """k1 = sum(w * dz) / count and k2 = sum(w * dz * xhat) / count of each statistic, dweight and dbias of each
     channel, from partial sums (samples, groups, channels, splits): a warp for each result, always in one order."""
-    real, fdiv = real_of(P), P.fdiv
-    weight_at = make_access(P, False).weight
+    real, fdiv, add = real_of(P), P.fdiv, make_add(P)
+    weight_at, across = make_access(P, False).weight, make_across(cuda, P, WARP)
     zero, one = real(0), real(1)
-
-    @P.dev
-    def across(value):
-        for step in (16, 8, 4, 2, 1):
-            value += cuda.shfl_xor_sync(ALL_LANES, value, step)
-        return value
 
     def finish_gradient(
         part_weight, part_bias, weight, weight_wide, valid, k1, k2, dweight, dbias,
@@ -41,18 +36,20 @@ def make_finish_gradient(cuda, P, vector):
         if item < last:
             s1 = zero
             s2 = zero
+            rest1 = zero
+            rest2 = zero
             if item < statistics:
                 for j in range(lane, channels * splits, WARP):
                     w = one
                     if flags & WEIGHT:
                         w = weight_at(weight, weight_wide, flags, item % groups * channels + j // splits)
-                    s1 += w * part_bias[item * channels * splits + j]
-                    s2 += w * part_weight[item * channels * splits + j]
+                    s1, rest1 = add(s1, rest1, w * part_bias[item * channels * splits + j])
+                    s2, rest2 = add(s2, rest2, w * part_weight[item * channels * splits + j])
             else:
                 for j in range(lane, samples * splits, WARP):
                     i = (j // splits * columns + item - statistics) * splits + j % splits
-                    s1 += part_bias[i]
-                    s2 += part_weight[i]
+                    s1, rest1 = add(s1, rest1, part_bias[i])
+                    s2, rest2 = add(s2, rest2, part_weight[i])
             s1 = across(s1)
             s2 = across(s2)
             if lane == 0:
@@ -71,7 +68,7 @@ def make_finish_gradient(cuda, P, vector):
 
 def make_sum_columns(cuda, P, vector):
     """dweight and dbias from partial sums (parts, length)."""
-    real = real_of(P)
+    real, add = real_of(P), make_add(P)
     cells = WARP * LINES
     zero = real(0)
 
@@ -82,10 +79,12 @@ def make_sum_columns(cuda, P, vector):
         column = cuda.blockIdx.x * WARP + thread % WARP
         s1 = zero
         s2 = zero
+        rest1 = zero
+        rest2 = zero
         if column < length:
             for row in range(thread // WARP, parts, LINES):
-                s1 += part_bias[row * length + column]
-                s2 += part_weight[row * length + column]
+                s1, rest1 = add(s1, rest1, part_bias[row * length + column])
+                s2, rest2 = add(s2, rest2, part_weight[row * length + column])
         shared_bias[thread] = s1
         shared_weight[thread] = s2
         cuda.syncthreads()
@@ -102,7 +101,7 @@ def make_sum_columns(cuda, P, vector):
 def make_commit(cuda, P, vector):
     """Running statistics after one more batch: (1 - momentum) * old + momentum * new, the variance unbiased, of several
     samples the mean of those known. A batch with a statistic that is not finite is left out. One block."""
-    real, fdiv = real_of(P), P.fdiv
+    real, fdiv, add = real_of(P), P.fdiv, make_add(P)
     zero, one = real(0), real(1)
 
     def commit(mean_high, m2, valid, running_mean, running_var, samples, channels, count, momentum, flags):
@@ -121,6 +120,8 @@ def make_commit(cuda, P, vector):
                 variances = 0
                 mean = zero
                 variance = zero
+                rest_mean = zero
+                rest_variance = zero
                 for sample in range(samples):
                     i = sample * channels + channel
                     size = count
@@ -128,10 +129,10 @@ def make_commit(cuda, P, vector):
                         size = valid[i]
                     if size > 0:
                         means += 1
-                        mean += mean_high[i]
+                        mean, rest_mean = add(mean, rest_mean, mean_high[i])
                     if size > 1:
                         variances += 1
-                        variance += fdiv(m2[i], real(size - 1))
+                        variance, rest_variance = add(variance, rest_variance, fdiv(m2[i], real(size - 1)))
                 if means > 0:
                     new = fdiv(mean, real(means))
                     running_mean[channel] = (one - momentum) * running_mean[channel] + momentum * new
