@@ -45,7 +45,7 @@ else:
         raise AttributeError(f"module 'nbnorm' has no attribute {name!r}")
 
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "Array",
