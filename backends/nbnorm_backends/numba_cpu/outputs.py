@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu.elements import LINE
+from nbnorm_backends.numba_cpu.elements import LINE, widens_to_512_bits
 
 Array = NDArray[Any]
 
@@ -22,10 +22,14 @@ LARGE = 1 << 20  # bytes from which memory is kept
 # there: times through it, over times past it, of results of 8, 12, 16, 20, 24 MiB, are
 # alone, 0.71, 0.87, 0.88, 0.90, 1.23 (layer norm), of 16, 20, 24 MiB 1.11, 1.23, 1.35 (batch norm);
 # with torch.relu_ of the result, 0.56, 0.62, 0.99, 0.80, 1.08 (layer norm), 0.93, 1.05, 1.09 (batch norm)
-STREAM_RUNS = 20 << 20
+# on a processor of family 26, with vectors of 512 bits. On one of family 25, with 256, a cache of the same size holds
+# less, as others use it too: of 4, 6, 8, 12, 16 MiB alone 1.00, 1.08, 1.14, 1.13, 1.16 (layer norm), of 12, 16 MiB
+# 1.58, 1.24 (batch norm); with TUNING.far and torch.relu_, of 4, 8, 12, 16 MiB 0.80, 1.09, 1.18, 1.27 (layer norm).
+STREAM_RUNS = (20 if widens_to_512_bits() else 8) << 20
 # of 8, 12, 16, 24, 128 MiB:
 STREAM_RUNS_BACKWARD = 8 << 20  # 1.12, 1.02, 1.15, 1.16, 1.34
-STREAM_COLUMNS = 24 << 20  # 0.76, 0.86, 0.93, 1.03, 1.07 to 1.18
+# 0.76, 0.86, 0.93, 1.03, 1.07 to 1.18 with 512 bits; with 256, of 8, 12, 16, 18 MiB 0.95, 1.01, 1.10, 1.07
+STREAM_COLUMNS = (24 if widens_to_512_bits() else 16) << 20
 STREAM_COLUMNS_BACKWARD = 12 << 20  # 0.94, 1.21, 1.16, 1.14, 1.10
 KEPT = 256 << 20  # bytes of free memory that are kept, at most, unless NBNORM_RECYCLE_BYTES says otherwise
 # `elements.put` tells LLVM more about addresses than is true of single elements; how it takes that was looked at here.
