@@ -172,8 +172,8 @@ class Backend(ABC):
 
     def ready(self, x: View, running_mean: View, running_var: View, momentum: float, *, masked: bool) -> Any:
         """Of arrays on a device, before the forward of x: what may fail of moving running statistics (g,), done, for
-        `DeviceMoments.commit`."""
-        return None
+        `DeviceMoments.commit`. A backend that gives such moments has to have it."""
+        raise NotImplementedError(f"{type(self).__name__}.ready, for running statistics on a device")
 
     def fixed_stats(self, mean: View, var: View, eps: float, n: int) -> tuple[Stats, Stats]:
         """`stats` for `forward` from given statistics (g,), which may change later."""

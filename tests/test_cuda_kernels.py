@@ -441,6 +441,36 @@ def test_the_range_that_is_documented_cuda(name: str, scale: float) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["layer, a warp", "batch NCHW, vectors", "batch NHWC, tall"])
+def test_above_the_range_the_variance_is_infinite_cuda(name: str) -> None:
+    case = NAMED[name]
+    x = np.where(np.random.default_rng(7).random(case.shape) < 0.5, np.float32(-1e19), np.float32(1e19))
+    run = run_of(case, x, None, None)
+    assert (simulated.execute(plans.statistics(run.norm), run.inputs)["m2"] == np.inf).all()
+    assert not run.forward()["y"].any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_stays_infinite_cuda(sign: int) -> None:
+    add = functions.make_add(simulator.primitives("float32"))
+    total = rest = np.float32(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for term in (1e38, 2e38, 3e38, 1e38, 1, np.inf):
+            total, rest = add(total, rest, np.float32(sign * term))
+    assert total == sign * np.inf
+    assert rest == 0
+
+
+def test_equal_squares_of_many_sets_are_not_rounded_to_one_side_cuda() -> None:
+    merge, _ = functions.make_merge(None, simulator.primitives("float32"))
+    mean = np.float32(3)
+    found: Any = 0, mean, np.float32(0), np.float32(0), np.float32(0)
+    for _ in range(200):
+        found = merge(*found, 5, mean, np.float32(0), LOST)
+    assert found[:3] == (1000, mean, 0)
+    assert found[3] == pytest.approx(np.float64(LOST) * 200, rel=1.5e-7)
+
+
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
 def test_statistics_cuda(case: Norm) -> None:
     x = params_of(case, "float32")[0]
@@ -485,8 +515,10 @@ def squeezed(plan: plans.Plan, block: int, **args: int) -> plans.Plan:
     ],
 )
 def test_equal_gradients_are_not_rounded_to_one_side_cuda(
-    family: str, sizes: tuple[int, ...], aligned: bool, block: int
+    family: str, sizes: tuple[int, ...], aligned: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in (rows, columns):  # so that many sums meet, with their rests
+        monkeypatch.setattr(module, "FOLD", 2)
     shape = layout.Layout(*sizes)
     norm = plans.Norm("float32", shape, weight=True, bias=True, aligned=aligned, multiprocessors=1)
     plan = squeezed(plans.backward(norm), block)

@@ -68,6 +68,7 @@ def layer_norm(
     ------
     ValueError
         Naming the argument whose shape does not fit, or `out` where it overlaps x in part; nothing has been written.
+        Numba never frees the arrays of a compiled function that raised.
     numba.core.errors.TypingError
         When it is compiled: naming the argument, what was expected and what came.
 

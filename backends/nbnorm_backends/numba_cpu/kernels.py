@@ -85,9 +85,6 @@ STRIDE = 64  # elements of a loop of known length, and between two batches of pr
 # Vectors that an activation is computed of in turn. With 256 bits, and 16 registers, 4 take 0.74 to 0.94 of the time of
 # one, in cache and out of it; 8 take 0.70 to 1.03. With 512 bits, and twice the registers, that is not measured.
 VECTORS = 1 if widens_to_512_bits() else 4
-# Elements that the sums of a gradient take at once. LLVM takes as many as a register has of the widest type, float64: 4
-# with 256 bits, where these 8 take 0.91 to 0.99 of the time; 8 with 512 bits.
-LANES = 8
 LONG = 256  # elements from which rows are cut into such loops without prefetches too; of 64, rows of 48 take 1.17
 ROWS = 8  # of columns whose sums stay in registers
 # Elements that are summed in one loop in float64: errors of longer sums of few values do not cancel. Of vectors of half
@@ -240,6 +237,16 @@ def backward_terms(i, dy, x, power, mean, scale, low, w, b, residual, mask, befo
     return term, term * at_like(term, d, i)
 
 
+@chosen
+def lanes(x):
+    """How many elements the sums of a gradient take at once. LLVM takes as many as a register has of the widest type,
+    which is float64 unless x is of a half type: 4 with 256 bits, where these 8 take 0.91 to 0.99 of the time. Otherwise
+    they are what LLVM takes on x86; on AArch64 neither is measured."""
+    if x.dtype.bitwidth == 16 and widens_to_512_bits():
+        return lambda x: 16
+    return lambda x: 8
+
+
 @PLAIN
 def piece_backward_sums(
     begin, end, dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db
@@ -247,7 +254,7 @@ def piece_backward_sums(
     """`backward_sums` of the elements [begin, end)."""
     widest_vectors()
     operands = dy, x, power, mean, scale, low, w, b, residual, mask, before, after, weights, dw, db
-    return summed(backward_terms, LANES, begin, end, operands)
+    return summed(backward_terms, lanes(x), begin, end, operands)
 
 
 @PLAIN

@@ -43,6 +43,6 @@ def with_rows(mask: Array | None, size: int) -> tuple[Array, Array] | None:
     """A mask as kernels take it: beside it, where its rows hold for `size` elements, a row of zeros and one of ones."""
     if mask is None:
         return None
-    constant = np.zeros((2, size if mask.shape[-1] < size else 0), np.uint8)
+    constant = np.zeros((2, size if mask.shape[-1] != size else 0), np.uint8)
     constant[1] = 1
     return mask, constant

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nbnorm.backend import WHOLE_OPS
 from nbnorm_backends.numba_cpu import outputs
-from nbnorm_backends.numba_cpu.elements import INNER, at, borrowed, carried, load, store
+from nbnorm_backends.numba_cpu.elements import UNCOUNTED, at, borrowed, carried, load, store
 from nbnorm_backends.numba_cpu.kernels import ALLOCATES, PLAIN, ROW
 from nbnorm_backends.numba_cpu.pool import Kernel, Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
@@ -26,7 +26,9 @@ from nbnorm_backends.numba_cpu.tuning import TUNING
 Array = NDArray[Any]
 
 # Of loops over a row a call would cost as much as a row of 16 elements.
-ROW_REDUCE = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, forceinline=True, **INNER)
+ROW_REDUCE = njit(
+    fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, forceinline=True, **UNCOUNTED
+)
 
 SHORT_ROW = 32  # rows of inner elements shorter than this are joined: 1.1 times faster for 9, 2.2 to 2.9 times for 1
 BUFFER = 2048  # elements of a buffer for local responses: the four of the gradient stay in L1 and L2

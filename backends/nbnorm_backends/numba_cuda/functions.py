@@ -89,7 +89,7 @@ def make_add(P):
         term -= rest
         found = total + term
         rest = (found - total) - term
-        if rest != rest:  # of an infinite total
+        if rest - rest != zero:  # it is not finite, as the total is not: which shall stay infinite
             rest = zero
         return found, rest
 

@@ -207,7 +207,8 @@ BUDGETS = {
 }
 # Of float32, half types and float64 with 16-byte access, and of the same with scalar access: what the worst of them
 # takes and a tenth, in steps of 8, as registers are given out; no more than the bounds of a launch leave, beyond which
-# kernels spill. The bounds alone are no budget: most kernels could double below them.
+# kernels spill. The bounds alone are no budget: most kernels could double below them. Where a kernel comes near its
+# bound (128 of columns and planes, 255) the budget is the bound, and what is too much is seen as a spill.
 REGISTERS = {
     "row_forward": (120, 128, 128, 0, 0, 0),
     "long_row_forward": (80, 88, 120, 80, 80, 104),
