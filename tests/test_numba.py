@@ -556,3 +556,23 @@ def test_wrong_settings_are_reported() -> None:
         printed = fresh_process("print(nbnorm.explain(nbnorm.batch_norm, x, training=True))", **{name: value})
         assert message in printed
         assert "float32: numpy" in printed
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sums_alone_are_in_float64(dtype: str, weighted: bool) -> None:
+    """Where no dx is asked for, sums of a gradient are what is: float32 would be off by 1e-8."""
+    rng = np.random.default_rng(11)
+    x, dy = rng.normal(3, 2, (2, 6, 1, 1, 700, 1)).astype(dtype)
+    mean, rstd = (rng.uniform(0.5, 2, (6, 1)) for _ in range(2))
+    shape = (1, 1, 1, 700, 1)
+    weight = rng.normal(size=shape).astype(dtype) if weighted else None
+    given = dy, x, mean, rstd, weight, shape if weighted else None
+    found = numba_cpu.make().backward_sums(*given)
+    wide = dy.astype(float), x.astype(float)
+    terms = wide[0] * (1.0 if weight is None else weight.astype(float))
+    xhat = (wide[1] - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]
+    expected = [terms.sum(axis=(1, 3, 4)), (terms * xhat).sum(axis=(1, 3, 4))]
+    expected += [(wide[0] * xhat).sum(axis=0)[None], wide[0].sum(axis=0)[None]] if weighted else []
+    for sums, exact in zip(found, expected, strict=False):
+        np.testing.assert_allclose(sums, exact, rtol=0, atol=1e-11 * np.abs(exact).max())
