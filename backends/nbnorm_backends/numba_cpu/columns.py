@@ -186,8 +186,8 @@ def _pivot(grid: Grid, mask: Array | None, before: Tag, x: Array, joined: Joined
         merging.means_of_first(x.reshape(grid.shape), pivot)
         return pivot
     found = np.zeros_like(pivot)
-    every = with_rows(read_only(np.ones((1, 1, 1), np.uint8)), grid.shape[2])
-    grid.run(kernels.columns_pivot, grid.view(x), mask or every, before, pivot, found, whole_columns=True)
+    counted = mask or with_rows(read_only(np.ones((1, 1, 1), np.uint8)), grid.shape[2])
+    grid.run(kernels.columns_pivot, grid.view(x), counted, before, pivot, found, whole_columns=True)
     return pivot
 
 

@@ -767,39 +767,16 @@ def runs_backward(
     dw1, db1 = dw[share], db[share]
     dw2, db2 = partial_like(x, dw1), partial_like(x, db1)
     operands = dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend
-    backward_groups(chunk, groups, leap, *operands, dw1, db1, dw2, db2, dz, stream, dx)
+    backward_groups(chunk, groups, leap, operands, (dw1, db1, dw2, db2), dz, stream, dx)
     flush(dw2, dw1)
     flush(db2, db1)
 
 
 @PLAIN
-def backward_groups(
-    chunk,
-    groups,
-    leap,
-    dy,
-    x,
-    w,
-    b,
-    center,
-    fixed,
-    find,
-    stats,
-    k,
-    residual,
-    mask,
-    before,
-    after,
-    addend,
-    dw,
-    db,
-    dws,
-    dbs,
-    dz,
-    stream,
-    dx,
-):
+def backward_groups(chunk, groups, leap, operands, shares, dz, stream, dx):
     """`runs_backward`, with the chunk's share of dw and db, and zeros dws and dbs for their parts (see `grow`)."""
+    dy, x, w, b, center, fixed, find, stats, k, residual, mask, before, after, addend = operands
+    dw, db, dws, dbs = shares
     dy, x, w, b, dx = borrowed(dy), borrowed(x), borrowed(w), borrowed(b), borrowed(dx)
     residual, mask, addend, dz = borrowed(residual), borrowed(mask), borrowed(addend), borrowed(dz)
     stats, k, dw, db, dws, dbs = borrowed(stats), borrowed(k), borrowed(dw), borrowed(db), borrowed(dws), borrowed(dbs)

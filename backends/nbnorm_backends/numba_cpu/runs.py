@@ -123,10 +123,10 @@ def _optional(array: Array | None) -> Array | None:
 
 def _options(x: Array, options: Options) -> tuple[Any, ...]:
     """residual, mask, before, after, as kernels take them."""
-    mask = options.mask
-    if mask is not None and x.shape[4] == 1:
-        mask = mask.swapaxes(3, 4)
-    return _optional(options.residual), with_rows(mask, runs_view(x).shape[4]), options.before, options.after
+    mask, size = options.mask, x.shape[4]
+    if mask is not None and size == 1:
+        mask, size = mask.swapaxes(3, 4), x.shape[3]
+    return _optional(options.residual), with_rows(mask, size), options.before, options.after
 
 
 def parameters(
