@@ -27,6 +27,7 @@ from numba.core.dispatcher import Dispatcher
 import nbnorm
 from nbnorm.dispatch import registry
 from nbnorm_backends import numba_cpu
+from nbnorm_backends.numba_cpu import kernels
 from nbnorm_backends.numba_cpu.pool import Pool, Prange
 
 RNG = np.random.default_rng(0)
@@ -300,6 +301,27 @@ def test_flags_of_kernels() -> None:
                 assert flags is False or set(flags) <= allowed, value
                 found += 1
     assert found > 50
+
+
+def test_only_kernels_have_machine_code() -> None:
+    """What they call is a part of theirs."""
+
+    def library(dispatcher: Any) -> Any:
+        (compiled,) = dispatcher.overloads.values()
+        return compiled.library
+
+    @kernels.PLAIN
+    def inner(x: Any) -> float:
+        return x + 1.0
+
+    @njit
+    def outer(x: Any) -> float:
+        return inner(x)
+
+    assert outer(1.0) == 2.0
+    assert library(outer)._get_compiled_object()
+    with pytest.raises(RuntimeError, match="no compiled object"):
+        library(inner)._get_compiled_object()
 
 
 def test_many_threads_call_at_once() -> None:

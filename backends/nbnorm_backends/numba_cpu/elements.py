@@ -20,12 +20,15 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 from numpy.typing import NDArray
 
+from nbnorm_backends.numba_cpu.inner import Inner
+
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 LINE = 64  # bytes of a cache line
-# What only kernels call needs no way in from Python or C: without those, compilation takes three quarters of its time.
-INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# What only kernels call needs no way in from Python or C, without which compilation takes three quarters of its time,
+# and no machine code of its own.
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Inner}
 # Nor does it count references to arrays, which are the caller's, unless it makes or returns one: to count those of a
 # slice takes 5 ns, even where nobody owns it, and a row has thirty.
 COUNTED, UNCOUNTED = ({**INNER, "_nrt": counts} for counts in (True, False))
