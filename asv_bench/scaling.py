@@ -2,8 +2,9 @@
 
     OMP_WAIT_POLICY=passive python asv_bench/scaling.py [--largest 4096] [--pairs 15]
 
-The first table has the time per byte of x from 64 MiB to `--largest` MiB, over that of 64 MiB; the second the time on
-one thread over that on all of them, in turn (A B A B), for arrays that the caches hold.
+The first table has the time per byte of x from 64 MiB to `--largest` MiB, over that of 64 MiB. The others have the time
+on one thread over that on all of them, in turn (A B A B), for arrays that the caches hold: of single calls, before each
+of which the other threads sleep, and of calls that follow each other, as in a program.
 """
 
 from __future__ import annotations
@@ -68,16 +69,17 @@ def over_sizes(largest: int, times: int) -> None:
         print(f"| {name}: {each[0] * 1e3 / MIB * 1e6:.3f} ns | {' | '.join(f'{one / each[0]:.2f}' for one in each)} |")
 
 
-def over_threads(pairs: int) -> None:
+def over_threads(calls: int, pairs: int) -> None:
     threads = thread_count()
-    print(f"\n| {threads} threads against one, in cache | 1 MiB | 2 MiB | 4 MiB |\n|---|---|---|---|")
+    print(f"\n| {threads} threads against one, {calls} calls in a row | 1 MiB | 2 MiB | 4 MiB |\n|---|---|---|---|")
     rows: dict[str, list[str]] = {}
     for size in (1, 2, 4):
         for name, (op, view, keys) in problems(arrays(size * MIB // 4)).items():
 
             def run(count: int, op: Any = op, view: Any = view, keys: Any = keys) -> None:
                 with nbnorm.threads(count):
-                    op(view, **keys)
+                    for _ in range(calls):
+                        op(view, **keys)
 
             ratio = compare(lambda: run(threads), lambda: run(1), pairs=pairs).ratios[1]
             rows.setdefault(name, []).append(f"{ratio:.2f}")
@@ -91,7 +93,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="timings of each size, pairs of each ratio")
     options = parser.parse_args()
     over_sizes(options.largest, max(3, options.pairs // 2))
-    over_threads(options.pairs)
+    for calls in (1, 20):
+        over_threads(calls, options.pairs)
 
 
 if __name__ == "__main__":
