@@ -108,6 +108,26 @@ def test_dtypes(dtype: Any, param: str, backend: str) -> None:
         assert y.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16])
+def test_weights_of_half_types_take_the_short_way(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls and plans, and both see what is written to the weight between two calls."""
+    pytest.importorskip("numba")
+    from nbnorm_backends.numba_cpu import runs
+
+    x, w, b = X.astype(dtype), ROW_W.astype(dtype), ROW_B.astype(dtype)
+    expected = [nbnorm.layer_norm(x, 3, weight, b, backend="numba") for weight in (w, w + w)]
+    plan = nbnorm.plan(nbnorm.layer_norm, x, 3, w, b, backend="numba")
+    monkeypatch.setattr(runs, "forward", None)
+    for y in expected:
+        assert nbnorm.layer_norm(x, 3, w, b, backend="numba").tobytes() == y.tobytes()
+        assert plan(x).tobytes() == y.tobytes()
+        w += w
+    memory = np.zeros(x.size + 3, dtype)
+    plan = nbnorm.plan(nbnorm.layer_norm, x, 3, memory[:3], b, backend="numba")
+    with pytest.raises(ValueError, match="out must not overlap weight"):
+        plan(x, out=memory[: x.size].reshape(x.shape))
+
+
 def test_a_plan_sees_what_is_written_to_its_parameters(backend: str) -> None:
     weight, mean, var = np.ones(6, "f4"), np.zeros(6, "f4"), np.ones(6, "f4")
     plan = nbnorm.plan(nbnorm.batch_norm, X, mean, var, weight, training=True, backend=backend)

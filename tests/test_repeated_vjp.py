@@ -99,6 +99,18 @@ def test_dtypes(last: bool, param: str, dtype: Any, backend: str) -> None:
         same_bits((ours, *again(dy)), (y, *pullback(dy)))
 
 
+@pytest.mark.parametrize("dtype", ["f2", pytest.param(ml_dtypes.bfloat16, marks=pytest.mark.slow("numba"))])
+def test_weights_of_half_types_take_the_short_way(dtype: Any) -> None:
+    pytest.importorskip("numba")
+    x, dy, w, b = (array.astype(dtype) for array in (X, DY, ROW_W, ROW_B))
+    y, pullback = checked(nbnorm.layer_norm, x, {"normalized_shape": 3, "weight": w, "bias": b, "backend": "numba"})
+    for _ in range(2):
+        ours, again = nbnorm.vjp(nbnorm.layer_norm, x, 3, w, b, backend="numba")
+        same_bits((ours, *again(dy)), (y, *pullback(dy)))
+    (found,) = registry.calls.values()
+    assert isinstance(found, RememberedVjp)
+
+
 def test_running_statistics_move_once_a_call(backend: str) -> None:
     mean, var, wanted_mean, wanted_var = np.zeros(6, "f4"), np.ones(6, "f4"), np.zeros(6, "f4"), np.ones(6, "f4")
     for x in (X, OTHER, X):

@@ -84,9 +84,9 @@ class NumbaBackend(WholeOps, Backend):
     ) -> Callable[..., Any]:
         keys: dict[str, Any] = {"center": center, "shape": shape}
         if bound and x.size <= TUNING.serial and _family(x) is runs:
-            views = again.parameter_views(x, weight, bias)
-            if views is not None:
-                return again.bound(x, *views, options_of(None, epilogue), eps=eps, **keys)
+            found = again.bound(x, weight, bias, options_of(None, epilogue), eps=eps, **keys)
+            if found is not None:
+                return found
         normalize = None if bound else self._normalizes(x, weight, bias, epilogue, eps=eps, **keys)
         if normalize is not None:
             return again.repeated(normalize, x.shape[0] * x.shape[2])
