@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -105,3 +106,21 @@ def test_no_warning_where_gradients_overflow(backend: str, recwarn: pytest.Warni
     _, pullback = nbnorm.vjp(nbnorm.layer_norm, x, 4, np.ones(4, "f2"), np.zeros(4, "f2"), backend=backend)
     assert np.isinf(pullback(np.full((100, 4), 1000, "f2")).bias).all()
     assert [str(w.message) for w in recwarn.list] == []
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, for the signalling ones
+@pytest.mark.parametrize("word", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_of_any_bits_reaches_bfloat16(layout: str, word: int, backend: str) -> None:
+    """0x7fffffff is what a GPU makes, 0xffffffff memory that was filled: rounded as numbers are, both would be 0."""
+    x = np.random.default_rng(0).normal(size=(4, 6, 2, 8)).astype(ml_dtypes.bfloat16)
+    axis = 1 if layout == "runs" else -1
+    ones, nan = np.ones(x.shape[axis], "f4"), np.ones(x.shape[axis], "f4")
+    nan.view("u4")[3] = word
+    spoilt = np.arange(x.shape[axis]) == 3
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        keys = {"running_mean": ones, "running_var": ones, "weight": ones, "bias": ones, name: nan}
+        y, pullback = nbnorm.vjp(nbnorm.batch_norm, x, **keys, channel_axis=axis, backend=backend)
+        for found in (y, pullback(x).x) if name in ("weight", "running_var") else (y,):
+            isnan = np.isnan(np.moveaxis(found, axis, -1).astype("f4"))
+            assert (isnan == spoilt).all(), name

@@ -478,10 +478,13 @@ def _float16_bits(builder: Any, value: Any) -> Any:
 
 
 def _bfloat16_bits(builder: Any, value: Any) -> Any:
-    """The upper half of a float32, rounded to nearest, ties to even; a NaN stays one."""
+    """The upper half of a float32, rounded to nearest, ties to even; a NaN becomes the quiet one of its sign.
+
+    It is lowered to that first, so that rounding does not carry into the sign: arithmetic leaves none that is less.
+    """
     bits = builder.bitcast(value, I32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
-    quiet = builder.or_(bits, ir.Constant(I32, 0x400000))
-    chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
-    return builder.trunc(builder.lshr(chosen, ir.Constant(I32, 16)), I16)
+    for quiet, order in ((0x7FC00000, builder.icmp_signed), (0xFFC00000, builder.icmp_unsigned)):
+        bits = builder.select(order("<", bits, I32(quiet)), bits, I32(quiet))
+    odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+    rounded = builder.add(bits, builder.add(odd, I32(0x7FFF)))
+    return builder.trunc(builder.lshr(rounded, I32(16)), I16)
