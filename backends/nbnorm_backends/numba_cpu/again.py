@@ -22,7 +22,7 @@ from nbnorm_backends.numba_cpu.elements import CARRIERS, carried, chosen, load
 from nbnorm_backends.numba_cpu.kernels import MEAN, RSTD, STATISTICS
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Options
 from nbnorm_backends.numba_cpu.pool import ALONE, Pool, worker
-from nbnorm_backends.numba_cpu.runs import cut_backward, leap_of, parameters, runs_view
+from nbnorm_backends.numba_cpu.runs import cut_backward, leap_of, parameters, parts_of, runs_view
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
 Array = NDArray[Any]
@@ -125,9 +125,9 @@ def normalizes_runs(
     eps: float,
     shape: tuple[int, ...],
 ) -> Normalize | None:
-    """By the kernel that `runs.forward` runs; None where weight and bias have no `parameter_views`."""
+    """By the kernel that `runs.forward` runs; None where it runs twice, or there are no `parameter_views`."""
     views = parameter_views(x, weight, bias)
-    if views is None:
+    if views is None or parts_of(x, weight, bias) > 1:
         return None
     w, b = views
     view, dtype, empty = runs_view(x), x.dtype, _empty(x)

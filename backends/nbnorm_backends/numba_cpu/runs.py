@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs
+from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs, tables
 from nbnorm_backends.numba_cpu.elements import carried
-from nbnorm_backends.numba_cpu.options import Joined, Options, with_rows
+from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, with_rows
 from nbnorm_backends.numba_cpu.pool import Scheduler
 from nbnorm_backends.numba_cpu.tuning import TUNING
 
@@ -33,6 +33,11 @@ def forward(
     y: Array,
 ) -> None:
     """Fill `stats` where `find` asks, and y where it is not empty."""
+    parts = parts_of(x, weight, bias)
+    if parts > 1:  # without what is joined: to rows alone
+        keys: dict[str, Any] = {"center": center, "eps": eps, "find": find, "stats": stats, "y": y}
+        _forward_in_parts(parts, scheduler, x, weight, bias, options, **keys)
+        return
     w, b = parameters(x, weight, bias)
     groups = cuts.groups_per_chunk(x.size, stats.shape[1])
     chunks = cuts.parts(stats.shape[1], groups)
@@ -63,6 +68,11 @@ def backward(
     dx: Array,
 ) -> tuple[Array | None, Array | None]:
     """Fill `coefficients` where `find` asks, and dx where it is not empty; (dweight, dbias) where they have a shape."""
+    parts = 1 if param_shape is not None and param_shape[1] > 1 else parts_of(x, weight, bias)
+    if parts > 1:
+        keys: dict[str, Any] = {"stats": stats, "center": center, "fixed": fixed, "find": find, "dz": dz, "dx": dx}
+        keys |= {"coefficients": coefficients, "param_shape": param_shape, "addend": addend}
+        return _backward_in_parts(parts, scheduler, dy, x, weight, bias, options, **keys)
     w, b = parameters(x, weight, bias, param_shape)
     groups, chunks, shares, allocate = cut_backward(x, w, param_shape)
     grads = allocate()
@@ -89,6 +99,91 @@ def backward(
     merging.merge_shares(grads.reshape(2, 1, shares, -1), sums)
     dweight, dbias = (_five_axes(grad.reshape(w.shape), x, param_shape) for grad in sums)
     return dweight, dbias
+
+
+# ---- groups in parts: each pass goes through x as it lies, in place of both through one group after the other --------
+
+
+def parts_of(x: Array, weight: Array | None, bias: Array | None) -> int:
+    """`cuts.parts_of_group`; 1 where weight or bias lie along r."""
+    along_r = any(param is not None and param.shape[1] > 1 for param in (weight, bias))
+    return 1 if along_r else cuts.parts_of_group(x.shape)
+
+
+def _forward_in_parts(
+    parts: int,
+    scheduler: Scheduler,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    options: Options,
+    *,
+    center: bool,
+    eps: float,
+    find: bool,
+    stats: Array,
+    y: Array,
+) -> None:
+    """`forward`: parts take the place of samples, with statistics of their own in the first pass."""
+    x, y, options = _cut(x, parts), _cut(y, parts), _options_in_parts(options, parts)
+    given = scheduler, x, weight, bias, options
+    keys: dict[str, Any] = {"center": center, "eps": eps, "joined": NOTHING_JOINED}
+    if find:
+        found = np.empty((len(stats), parts, stats.shape[1]))
+        forward(*given, find=True, stats=found.reshape(len(stats), -1), y=y[:0], **keys)
+        tables.join_parts(found, eps, stats)
+    if y.size:
+        forward(*given, find=False, stats=np.tile(stats, parts), y=y, **keys)
+
+
+def _backward_in_parts(
+    parts: int,
+    scheduler: Scheduler,
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    options: Options,
+    *,
+    stats: Array,
+    center: bool,
+    fixed: bool,
+    find: bool,
+    coefficients: Array,
+    param_shape: tuple[int, ...] | None,
+    addend: Array | None,
+    dz: Array | None,
+    dx: Array,
+) -> tuple[Array | None, Array | None]:
+    """`backward`, likewise: coefficients of parts, which are over the count of the whole, add up to its own."""
+    dy, x, dx, options = _cut(dy, parts), _cut(x, parts), _cut(dx, parts), _options_in_parts(options, parts)
+    given = scheduler, dy, x, weight, bias, options
+    keys: dict[str, Any] = {"stats": np.tile(stats, parts), "center": center, "fixed": fixed}
+    grads: tuple[Array | None, Array | None] = None, None
+    if find:
+        found = np.zeros((2, parts, stats.shape[1]))
+        more: dict[str, Any] = {"coefficients": found.reshape(2, -1), "param_shape": param_shape, "dx": dx[:0]}
+        grads = backward(*given, find=True, addend=None, dz=None, **(keys | more))
+        coefficients[:] = found.sum(axis=1)
+    if dx.size:
+        more = {"coefficients": np.tile(coefficients, parts), "param_shape": None}
+        more |= {"addend": _in_parts(addend, parts), "dz": _in_parts(dz, parts), "dx": dx}
+        backward(*given, find=False, **(keys | more))
+    return grads
+
+
+def _cut(array: Array, parts: int) -> Array:
+    """(1, r, g, c, s) as (parts, r / parts, g, c, s); of an axis r of 1, and of an empty array, nothing is cut."""
+    _, r, *rest = array.shape
+    return array.reshape(parts, r // parts, *rest) if r > 1 else array
+
+
+def _in_parts(array: Array | None, parts: int) -> Array | None:
+    return None if array is None else _cut(array, parts)
+
+
+def _options_in_parts(options: Options, parts: int) -> Options:
+    return options._replace(residual=_in_parts(options.residual, parts), mask=_in_parts(options.mask, parts))
 
 
 def cut_backward(x: Array, w: Array, param_shape: tuple[int, ...] | None) -> tuple[int, int, int, Callable[..., Array]]:

@@ -50,3 +50,29 @@ def move(mean, var, momentum, table):  # type: ignore[no-untyped-def]  # compile
         mean[j] = (1.0 - momentum) * mean[j] + momentum * table[MEAN, j]
         if table[COUNT, j] > 1.0:
             var[j] = (1.0 - momentum) * var[j] + momentum * (table[M2, j] / (table[COUNT, j] - 1.0))
+
+
+@EXACT
+def join_parts(parts, eps, stats):  # type: ignore[no-untyped-def]  # compiled
+    """Statistics (5, g) of groups from those of their parts (5, parts, g): `Moments.merge` of all parts at once, about
+    the mean of their means."""
+    for j in range(stats.shape[1]):
+        count = np.sum(parts[COUNT, :, j])
+        stats[:, j] = 0.0
+        if count == 0.0:
+            continue
+        pivot = 0.0
+        for i in range(parts.shape[1]):
+            pivot += parts[MEAN, i, j] * (parts[COUNT, i, j] / count)
+        shift = 0.0
+        for i in range(parts.shape[1]):
+            shift += (parts[MEAN, i, j] - pivot + parts[RESIDUAL, i, j]) * (parts[COUNT, i, j] / count)
+        m2 = 0.0
+        for i in range(parts.shape[1]):
+            distance = parts[MEAN, i, j] - pivot + (parts[RESIDUAL, i, j] - shift)
+            m2 += parts[M2, i, j] + parts[COUNT, i, j] * (distance * distance)
+        stats[COUNT, j] = count
+        stats[MEAN, j] = pivot + shift
+        stats[RESIDUAL, j] = (pivot - stats[MEAN, j]) + shift
+        stats[M2, j] = m2
+        stats[RSTD, j] = 1.0 / np.sqrt(m2 / count + eps)
