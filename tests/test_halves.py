@@ -60,9 +60,9 @@ def check_loads(convert: Converter, half: str) -> None:
 def check_stores(convert: Converter, half: str) -> None:
     """The half that is nearest, the even one of two, by NumPy's conversion or ml_dtypes'; NaN becomes a quiet NaN."""
     values = float32_values(half)
-    if half == "bfloat16":
-        values *= np.float32(1)  # all that is stored is a result of arithmetic, which leaves no signalling NaN
     with np.errstate(over="ignore", invalid="ignore"):
+        if half == "bfloat16":
+            values *= np.float32(1)  # all that is stored is a result of arithmetic, which leaves no signalling NaN
         expected = values.astype(HALVES[half])
     found = convert(values, HALVES[half])
     same_numbers(found, expected)

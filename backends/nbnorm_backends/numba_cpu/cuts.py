@@ -44,11 +44,11 @@ def parts_of_group(shape: tuple[int, ...]) -> int:
     """Into how many parts along r the groups of x (1, r, g, c, s) are cut, so that all of x is read as it lies: where
     they outgrow the caches, and one is alone, or has more runs in memory than the processor has pages at hand."""
     n, r, g, c, s = shape
-    scattered = r > TUNING.far_runs and r * g * c * s >= TUNING.far_apart
+    scattered = r >= TUNING.far_runs and r * g * c * s >= TUNING.far_apart
     if n > 1 or r * c * s <= TUNING.cached or not (g == 1 or scattered):
         return 1
     least = max(parts(TUNING.part, c * s), parts(r * g, TUNING.most_parts))
-    runs = next((runs for runs in range(least, TUNING.far_runs + 1) if r % runs == 0), r)
+    runs = next((runs for runs in range(least, 4 * least + 1) if r % runs == 0), r)
     return r // runs
 
 
