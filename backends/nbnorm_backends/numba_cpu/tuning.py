@@ -23,7 +23,7 @@ class Tuning:
     far: int = (12 if widens_to_512_bits() else 8) << 20
     far_apart: int = 6 << 20  # the same where groups are not contiguous: the processor finds no streams in them
     # Runs of a group from which it is cut into parts: of 1024, 2048, 8192 runs of 256 to 784 elements batch norm then
-    # has 0.75 to 0.91, 0.69 to 0.74, 0.55 of its time, of 32768 of 64 elements 0.33, of 256 and 512 long ones 0.9 to 1.2.
+    # has 0.75 to 0.91, 0.69 to 0.74, 0.55 of its time, of 32768 of 64 elements 0.33, of 256 and 512 long ones to 1.2.
     far_runs: int = 1024
     part: int = 4096  # least elements of a part of a group, whose statistics take 100 ns
     most_parts: int = 16384  # of all groups: 40 bytes each
