@@ -133,7 +133,10 @@ def test_import_is_lazy() -> None:
     heavy = "numba llvmlite scipy torch jax ml_dtypes nbnorm_backends"
     printed = fresh_process(
         f"""
-        import sys, nbnorm
+        import sys
+        before = "importlib.metadata" in sys.modules
+        import nbnorm
+        assert ("importlib.metadata" in sys.modules) == before
         assert nbnorm.backends()
         print(sorted(set("{heavy}".split()) & {{name.partition(".")[0] for name in sys.modules}}))
         """
