@@ -42,7 +42,8 @@ def fetches_ahead(shape: tuple[int, int, int, int, int], arrays: int) -> bool:
 
 def parts_of_group(shape: tuple[int, ...]) -> int:
     """Into how many parts along r the groups of x (1, r, g, c, s) are cut, so that all of x is read as it lies: where
-    they outgrow the caches, and one is alone, or has more runs in memory than the processor has pages at hand."""
+    they outgrow the caches, and one is alone, or has more runs in memory than the processor has pages at hand. 1 where
+    no part of r would do. Compiled callers, who have one thread, cut nothing."""
     n, r, g, c, s = shape
     scattered = r >= TUNING.far_runs and r * g * c * s >= TUNING.far_apart
     if n > 1 or r * c * s <= TUNING.cached or not (g == 1 or scattered):
