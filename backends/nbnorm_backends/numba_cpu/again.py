@@ -18,7 +18,7 @@ from nbnorm.arrays import read_only
 from nbnorm.backend import Grads, apart, shape_of_params
 from nbnorm_backends.numba_cpu import columns, cuts, kernels, merging, outputs, tables
 from nbnorm_backends.numba_cpu.checks import overlaps_in_part, share_memory
-from nbnorm_backends.numba_cpu.elements import CARRIERS, carried, chosen, load
+from nbnorm_backends.numba_cpu.elements import CARRIERS, chosen, load
 from nbnorm_backends.numba_cpu.kernels import MEAN, RSTD, STATISTICS
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Options
 from nbnorm_backends.numba_cpu.pool import ALONE, Pool, worker
@@ -62,12 +62,11 @@ def _taker(given: Array | None, view: Array) -> Take:
     zeros, if none is given."""
     if given is None:
         return lambda param: view
-    four = view.shape
+    seen = _seen(given, view.shape)
     if given.itemsize > 2:
-        return lambda param: param.reshape(four)
-    carrier = CARRIERS[given.dtype.name]
-    widen = _compiled(widened, (given.view(carrier).reshape(-1),))
-    return lambda param: widen(param.view(carrier).reshape(-1)).reshape(four)
+        return seen
+    widen = _compiled(widened, (seen(given),))
+    return lambda param: widen(seen(param))
 
 
 def repeated(normalize: Normalize, groups: int, result: Result = _normalized) -> Callable[..., Any]:
@@ -330,7 +329,7 @@ def bound(
     if views is None:
         return None
     own = (
-        view if given is None or given.itemsize > 2 else carried(given).reshape(view.shape)
+        view if given is None else _seen(given, view.shape)(given)
         for given, view in zip((weight, bias), views, strict=True)
     )
     dtype, empty = x.dtype, _empty(x)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbnorm_backends.numba_cpu import cuts, kernels, merging, outputs, tables
+from nbnorm_backends.numba_cpu.columns import lie_along_r
 from nbnorm_backends.numba_cpu.elements import carried
 from nbnorm_backends.numba_cpu.options import NOTHING_JOINED, Joined, Options, with_rows
 from nbnorm_backends.numba_cpu.pool import Scheduler
@@ -106,8 +107,7 @@ def backward(
 
 def parts_of(x: Array, weight: Array | None, bias: Array | None) -> int:
     """`cuts.parts_of_group`; 1 where weight or bias lie along r."""
-    along_r = any(param is not None and param.shape[1] > 1 for param in (weight, bias))
-    return 1 if along_r else cuts.parts_of_group(x.shape)
+    return 1 if lie_along_r(weight, bias) else cuts.parts_of_group(x.shape)
 
 
 def _forward_in_parts(
